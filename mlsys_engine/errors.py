@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MlsysError(Exception):
     """Base of every error that the engine raises on purpose."""
@@ -67,3 +70,11 @@ class CollectiveTimeoutError(MlsysError, TimeoutError):
 
 class CollectiveMismatchError(MlsysError, RuntimeError):
     """Ranks called different collectives, or the same with another shape, dtype or root."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What a mistyped `name` was probably meant to be, or all the known names when none is close."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=2, cutoff=0.5)
+    quoted = " or ".join(repr(choice) for choice in close)
+    return f"Did you mean {quoted}?" if close else f"Known names: {', '.join(choices) or 'none'}."
