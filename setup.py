@@ -96,8 +96,9 @@ class Build(BuildExtension):
         super().finalize_options()
         self.build_temp = str(ROOT / "build" / "native")
 
-    def build_extensions(self) -> None:
-        super().build_extensions()
+    def run(self) -> None:
+        in_place = self.inplace or self.editable_mode  # setuptools clears `inplace` while it runs
+        super().run()
         record = {
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
@@ -105,7 +106,7 @@ class Build(BuildExtension):
             "source_hash": hash_sources(ROOT / "csrc"),
             "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        target = ROOT / "mlsys_engine" if self.inplace or self.editable_mode else Path(self.build_lib) / "mlsys_engine"
+        target = ROOT / "mlsys_engine" if in_place else Path(self.build_lib) / "mlsys_engine"
         (target / "native" / "_build.json").write_text(json.dumps(record, indent=1))
 
 
