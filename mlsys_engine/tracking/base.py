@@ -28,7 +28,7 @@ class Tracker(Protocol):
     def start(self, run: RunInfo) -> None: ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of one optimizer step or evaluation (`loss`, `lr`, `grad_norm`, `tokens_per_s`, `val_loss`)."""
+        """Metrics of a step or an evaluation (`loss`, `lr`, `grad_norm`, `tokens_per_s`, `val_loss`)."""
 
     def finish(self, status: str, summary: Mapping[str, float]) -> None:
         """`status` is "completed", "interrupted" or "failed"; `summary` holds the final metrics."""
