@@ -58,13 +58,14 @@ def number(value: Any) -> float | None:
 
 def dumps(value: Any, indent: int | None = None) -> str:
     """Strict JSON text of `value`, after `to_jsonable`."""
-    return json.dumps(to_jsonable(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    return json.dumps(to_jsonable(value), indent=indent, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one step: a reader sees the old text or the new, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # surrogateescape: the diff of a file that is not UTF-8 comes out byte for byte as it came in
+    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

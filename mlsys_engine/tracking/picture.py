@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,13 +72,18 @@ def loss_picture(fields: Mapping[str, Any], rows: Sequence[Mapping[str, float]])
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """An exponential mean over about a fortieth of the curve, corrected for its start; finite values only."""
-    keep = 1.0 - 1.0 / max(2.0, len(points) / 40)
-    total, weight, smoothed = 0.0, 0.0, []
-    for x, y in points:
-        if math.isfinite(y):
-            total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-            smoothed.append((x, total / weight))
+    """The mean over a centred window of about a thirtieth of the curve, of the finite values only.
+
+    At the start the window shrinks on both sides alike, so that the mean does not lag behind the first fall.
+    """
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    sums = [0.0, *itertools.accumulate(y for _, y in finite)]
+    reach, last = max(1, len(finite) // 60), len(finite) - 1
+    smoothed = []
+    for index, (x, _) in enumerate(finite):
+        before = min(reach, index)
+        after = min(before, last - index)
+        smoothed.append((x, (sums[index + after + 1] - sums[index - before]) / (before + after + 1)))
     return smoothed
 
 
