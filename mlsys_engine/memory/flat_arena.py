@@ -1,4 +1,4 @@
-"""Many tensors laid out in one flat buffer, so that one reduction or one optimizer segment covers them all."""
+"""Many tensors laid out in one flat buffer: one reduction or one optimizer segment covers them all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Slot:
 
 
 def layout_slots(named_shapes: Sequence[tuple[str, Sequence[int]]], dtype: torch.dtype) -> tuple[Slot, ...]:
-    """Slots in the given order, each starting on a 64-byte boundary. The padding between them is never read."""
+    """Slots in the given order, each on a 64-byte boundary. The padding between them is zero."""
     align = max(1, ALIGNMENT_BYTES // dtype.itemsize)
     slots, offset = [], 0
     for name, shape in named_shapes:
@@ -45,8 +45,13 @@ class FlatArena:
         self.slots = tuple(slots)
 
     @classmethod
-    def build(cls, slots: Sequence[Slot], dtype: torch.dtype, allocate: Allocate | None = None,
-              device: torch.device | str = "cpu") -> FlatArena:
+    def build(
+        cls,
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        allocate: Allocate | None = None,
+        device: torch.device | str = "cpu",
+    ) -> FlatArena:
         """A zero-filled arena for `slots`; `allocate` chooses the memory (default: private)."""
         align = max(1, ALIGNMENT_BYTES // dtype.itemsize)
         numel = -(-max((slot.end for slot in slots), default=0) // align) * align

@@ -1,0 +1,69 @@
+"""Chooses the blocks of a model that a policy acts on, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from torch import nn
+
+from mlsys_engine.errors import ConfigError
+
+RECOMPUTE = "recompute"
+RECOMPUTE_SEGMENTS = "recompute segments"
+ACTIONS = (RECOMPUTE, RECOMPUTE_SEGMENTS)
+POLICIES = ("full",)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def resolve(model: nn.Module, policy: str | None) -> dict[str, str]:
+    """The action for each block that the policy touches: `{block name: action}`; empty without a policy.
+
+    "full" recomputes every block. Blocks are the composite members of the outermost containers (ModuleList,
+    ModuleDict, Sequential), as transformers and residual networks are built. Without any: a Sequential of
+    plain layers is recomputed in about sqrt(layers) segments; else each composite child is a block; else the
+    whole model is one block, which keeps nothing until the backward but cannot lower the backward's peak.
+    Raises ConfigError for an unknown policy.
+    """
+    if policy is None:
+        return {}
+    if policy not in POLICIES:
+        raise _unknown_policy(policy)
+    blocks = list(_members_of_containers("", model))
+    if blocks:
+        return dict.fromkeys(blocks, RECOMPUTE)
+    chains = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Sequential) and len(module) > 2
+    ]
+    if chains:
+        return dict.fromkeys(chains, RECOMPUTE_SEGMENTS)
+    composite = [name for name, child in model.named_children() if _is_composite(child)]
+    return dict.fromkeys(composite or [""], RECOMPUTE)
+
+
+def _members_of_containers(path: str, module: nn.Module) -> Iterator[str]:
+    prefix = f"{path}." if path else ""
+    children = list(module.named_children())
+    composite = [f"{prefix}{name}" for name, child in children if _is_composite(child)]
+    if isinstance(module, _CONTAINERS) and composite:
+        yield from composite
+        return
+    for name, child in children:
+        yield from _members_of_containers(f"{prefix}{name}", child)
+
+
+def _is_composite(module: nn.Module) -> bool:
+    """Whether recomputing the module as one block can pay: it has layers, and a forward to replace."""
+    return bool(list(module.children())) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _unknown_policy(policy: object) -> ConfigError:
+    close = difflib.get_close_matches(str(policy), POLICIES, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else 'Use policy="full", or None for no checkpointing.'
+    return ConfigError(
+        f"policy={policy!r} was given to activation checkpointing.",
+        f"Known policies: {', '.join(POLICIES)}.",
+        hint,
+    )
