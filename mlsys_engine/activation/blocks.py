@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 from torch import nn
 
-from mlsys_engine.errors import ConfigError
+from mlsys_engine.errors import ConfigError, did_you_mean
 
 RECOMPUTE = "recompute"
 RECOMPUTE_SEGMENTS = "recompute segments"
@@ -60,10 +59,8 @@ def _is_composite(module: nn.Module) -> bool:
 
 
 def _unknown_policy(policy: object) -> ConfigError:
-    close = difflib.get_close_matches(str(policy), POLICIES, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else 'Use policy="full", or None for no checkpointing.'
     return ConfigError(
         f"policy={policy!r} was given to activation checkpointing.",
-        f"Known policies: {', '.join(POLICIES)}.",
-        hint,
+        f"Known policies: {', '.join(POLICIES)}, or None.",
+        did_you_mean(str(policy), POLICIES),
     )
