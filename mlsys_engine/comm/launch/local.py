@@ -1,0 +1,197 @@
+"""Starts ranks on this machine and stays with them: our own small launcher behind `mlsys train --ranks N`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import IO
+
+from mlsys_engine.comm.launch.failure import SURVIVOR_STATUS
+from mlsys_engine.comm.launch.rendezvous import LISTEN_FD
+from mlsys_engine.errors import LaunchError
+
+# After the first failure the others have this long to leave by themselves, and to leave after SIGTERM.
+_LEAVE_S = 0.4
+_KILL_S = 0.8
+_POLL_S = 0.02
+_STDERR_KEPT_BYTES = 256 * 1024
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(kw_only=True)
+class _Rank:
+    """One started process and the end of what it wrote to stderr (rank 0 writes to ours)."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    stderr: bytearray = field(default_factory=bytearray)
+
+    def read(self, stream: IO[bytes]) -> bool:
+        """Takes what is there; False at the end of the stream."""
+        data = os.read(stream.fileno(), 65536)
+        self.stderr += data
+        del self.stderr[:-_STDERR_KEPT_BYTES]
+        return bool(data)
+
+    def signal(self, number: int) -> None:
+        """Signals the rank and its own children (loader workers)."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+def launch_local(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | None = None) -> int:
+    """Runs `python *argv` as `num_ranks` local ranks and returns the job's exit status when all have ended.
+
+    `argv` is what follows the interpreter (["-m", "mlsys_engine.cli.main", "train"]); `env` adds variables.
+    The first rank that fails by itself is the culprit: the others leave or are killed within a second, its
+    stderr is shown, and its status returned (128 + n for signal n). SIGINT, SIGTERM and SIGHUP are passed on
+    to the ranks, which may save before they leave; a second one kills them. Ranks die with this process.
+    """
+    if num_ranks < 1:
+        raise LaunchError(f"{num_ranks} ranks.", "A job has at least 1.", "Type: --ranks 1, or more.")
+    command = [*argv] if argv and argv[0] == sys.executable else [sys.executable, *argv]
+    ranks: list[_Rank] = []
+    with _signals_passed_to(ranks), socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        shared = {**os.environ, "MLSYS_JOB_KEY": secrets.token_hex(32), **(env or {})}
+        shared.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+        try:
+            for rank in range(num_ranks):
+                ranks.append(_start(command, rank, num_ranks, shared, listener))
+            listener.close()  # rank 0 has it now: if it dies, the others see a closed port
+            return _stay_with(ranks)
+        finally:
+            for member in ranks:
+                if member.process.poll() is None:
+                    member.signal(signal.SIGKILL)
+                    member.process.wait()
+
+
+def _start(
+    command: Sequence[str], rank: int, num_ranks: int, shared: Mapping[str, str], listener: socket.socket
+) -> _Rank:
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        "MLSYS_LAUNCHER": "local",
+    }
+    if rank == 0:
+        variables[LISTEN_FD] = str(listener.fileno())
+    process = subprocess.Popen(
+        command,
+        env={**shared, **variables},
+        stdin=subprocess.DEVNULL,
+        stderr=None if rank == 0 else subprocess.PIPE,
+        pass_fds=[listener.fileno()] if rank == 0 else [],
+        process_group=0,
+        preexec_fn=_die_with_parent(),  # noqa: PLW1509 (two system calls, no lock, no allocation)
+    )
+    return _Rank(rank=rank, process=process)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before exec, so that the kernel kills it when this process is gone (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def arm() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the kernel knew
+            os._exit(1)
+
+    return arm
+
+
+def _stay_with(ranks: list[_Rank]) -> int:
+    """Waits for all ranks, ends them when one fails, and returns the job's status."""
+    ended: list[_Rank] = []
+    failed_at: float | None = None
+    with selectors.DefaultSelector() as selector:
+        for member in ranks:
+            if member.process.stderr is not None:
+                os.set_blocking(member.process.stderr.fileno(), False)
+                selector.register(member.process.stderr, selectors.EVENT_READ, member)
+        while len(ended) < len(ranks):
+            _drain(selector, _POLL_S)
+            now = time.monotonic()
+            for member in ranks:
+                if member not in ended and member.process.poll() is not None:
+                    ended.append(member)
+                    if member.process.returncode != 0 and failed_at is None:
+                        failed_at = now
+            if failed_at is not None and now - failed_at > _LEAVE_S:
+                number = signal.SIGTERM if now - failed_at < _KILL_S else signal.SIGKILL
+                for member in ranks:
+                    if member not in ended:
+                        member.signal(number)
+        _drain(selector, 0.0)
+    return _verdict(ended)
+
+
+def _drain(selector: selectors.BaseSelector, timeout_s: float) -> None:
+    """Takes what the ranks wrote; waits at most `timeout_s` for something to come."""
+    if not selector.get_map():
+        time.sleep(timeout_s)
+        return
+    for key, _ in selector.select(timeout_s):
+        stream = key.fileobj
+        with contextlib.suppress(BlockingIOError):
+            if not key.data.read(stream):
+                selector.unregister(stream)
+
+
+def _verdict(ended: list[_Rank]) -> int:
+    """Names the culprit, shows what it wrote, and returns its status; `ended` is in order of ending."""
+    failed = [member for member in ended if member.process.returncode != 0]
+    if not failed:
+        return 0
+    culprit = next((member for member in failed if member.process.returncode != SURVIVOR_STATUS), failed[0])
+    code = culprit.process.returncode
+    status = 128 - code if code < 0 else code
+    for line in bytes(culprit.stderr).decode(errors="replace").splitlines():
+        sys.stderr.write(f"[rank {culprit.rank}] {line}\n")
+    if len(ended) > 1 and status != 2:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
+        sys.stderr.write(f"mlsys: rank {culprit.rank} of {len(ended)} {how}; all ranks have ended.\n")
+    sys.stderr.flush()
+    return status
+
+
+@contextlib.contextmanager
+def _signals_passed_to(ranks: list[_Rank]) -> Iterator[None]:
+    """Passes the signals that end a job on to its ranks; from the second one on as SIGKILL."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for member in ranks:
+            if member.process.returncode is None:
+                member.signal(number if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, pass_on) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
