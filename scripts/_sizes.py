@@ -44,7 +44,7 @@ def excesses_of(path: Path) -> list[str]:
                 found.append(
                     f"{path}:{node.lineno}: {node.name} has {length} lines, the limit is {MAX_FUNCTION_LINES}"
                 )
-        if isinstance(node, ast.ClassDef) and not path.parts[0] == "tests":
+        if isinstance(node, ast.ClassDef) and path.parts[0] != "tests":
             methods = sum(isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) for item in node.body)
             if methods > MAX_METHODS:
                 found.append(

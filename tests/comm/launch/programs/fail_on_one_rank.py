@@ -1,6 +1,6 @@
 """The rank named by the first argument fails in the way named by the second, while the others wait for it.
 
-Writes the time at which each rank's last Python statement ran to the folder of the third argument, so that a test
+Writes each rank's process id, and the time of the failure, to the folder of the third argument, so that a test
 can tell how long the others stayed.
 """
 
