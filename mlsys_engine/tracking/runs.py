@@ -71,12 +71,12 @@ def new_run_dir(base: str | os.PathLike[str] = "runs") -> tuple[str, Path]:
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            if path.is_dir():
-                continue
+            continue
+        except OSError as error:
             raise ConfigError(
-                f"The runs folder {base} cannot be created: a file is in its place.",
-                "Runs are kept in a folder.",
-                "Name another folder for the runs, or move that file away.",
+                f"The run folder {path} cannot be created: {error.strerror}.",
+                "Each run keeps its record in a folder of its own.",
+                "Name another folder for the runs.",
             ) from None
         return run_id, path
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mlsys_engine.telemetry.code_version import code_version
+from mlsys_engine.telemetry.git_state import code_version
 from mlsys_engine.telemetry.hardware import describe_hardware, describe_threads
 
 _RELEVANT = re.compile(
