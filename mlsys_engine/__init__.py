@@ -1,7 +1,7 @@
 """mlsys_engine: a distributed training engine with native kernels. Import it as `mls`.
 
 Importing it opens no socket, starts no thread and touches no device. `mls.plan` is the function, although a
-folder of that name holds the Plan: importing the function imports the folder first, and nothing imports it anew.
+folder of that name holds the Plan: importing the function imports that folder first, and nothing does so later.
 Inside the package write `from mlsys_engine.plan.x import y`.
 """
 
