@@ -1,1 +1,6 @@
+"""What a model holds and in which order it runs, found without side effects."""
 
+from mlsys_engine.trace.trace import EXECUTION, trace
+from mlsys_engine.trace.values import BufferInfo, Execution, ModuleInfo, ParameterInfo, Trace
+
+__all__ = ["EXECUTION", "BufferInfo", "Execution", "ModuleInfo", "ParameterInfo", "Trace", "trace"]
