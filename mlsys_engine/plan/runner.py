@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimizer step. Tensors are 0-d and on the device; reading them (`.item()`) is what synchronises."""
+    """One optimizer step. Tensors are 0-d, on the device; reading them (`.item()`) is what synchronises."""
 
     loss: torch.Tensor  # float64, mean over the global batch, the same on every rank
     grad_norm: torch.Tensor  # float64, global 2-norm of the mean gradient before clipping
@@ -22,7 +22,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """One evaluation batch, summed over all data shards; divide at the very end, so unequal shards stay exact."""
+    """One evaluation batch, summed over data shards; divide at the very end, so unequal shards stay exact."""
 
     loss_sum: torch.Tensor  # float64, 0-d
     count: torch.Tensor  # int64, 0-d
@@ -49,12 +49,15 @@ class Runner(Protocol):
         """Forward, backward, reduction and update over this rank's microbatches (possibly none)."""
 
     def evaluate(self, batch: Any | None) -> EvalResult:
-        """The loss of this rank's share (None when it has none), summed over all ranks; every rank calls it."""
+        """The loss of this rank's share (None: it has none), summed over all ranks; every rank calls it."""
 
     def predict(self, batch: Any) -> Any:
         """The model's output for this rank's own batch, in eval mode and without gradients."""
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
-        """`{"model": {fqn: tensor}, "optimizer": {"state": {fqn: {name: tensor}}, "param_groups": [...]}}`."""
+        """`{"model": {fqn: tensor}, "optimizer": {"state": {fqn: {name: value}}, "param_groups": []}}`."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards."""
