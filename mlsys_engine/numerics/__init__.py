@@ -1,1 +1,21 @@
+"""The loss contract, clipping, seeds and the promises about bits."""
 
+from mlsys_engine.numerics.call import call_model, num_samples, to_device
+from mlsys_engine.numerics.clip import GradientScale, gradient_scale
+from mlsys_engine.numerics.loss import Loss, loss_sum_and_count, shifts_labels
+from mlsys_engine.numerics.modes import numerics_mode
+from mlsys_engine.numerics.rng import derived_seed, seed_data_rank
+
+__all__ = [
+    "GradientScale",
+    "Loss",
+    "call_model",
+    "derived_seed",
+    "gradient_scale",
+    "loss_sum_and_count",
+    "num_samples",
+    "numerics_mode",
+    "seed_data_rank",
+    "shifts_labels",
+    "to_device",
+]

@@ -1,0 +1,28 @@
+"""What `numerics=` promises, and how it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def numerics_mode(mode: str) -> Iterator[None]:
+    """Keeps the promise of `mode` for the work inside.
+
+    "fast" changes nothing. "reproducible" makes torch use deterministic algorithms only; an operation that
+    has none raises torch's own error, which names it. The collectives and the optimizers of the engine sum in
+    a fixed order in every mode.
+    """
+    if mode == "fast":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
