@@ -1,0 +1,126 @@
+"""From a Plan and a model to a DataParallelRunner: the one place where the model is converted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mlsys_engine import comm
+from mlsys_engine.data_parallel import guard
+from mlsys_engine.data_parallel.arenas import ModelArenas
+from mlsys_engine.data_parallel.buffers import BufferSync
+from mlsys_engine.data_parallel.reducer import Reducer
+from mlsys_engine.data_parallel.runner import DataParallelRunner
+from mlsys_engine.data_parallel.update import OptimizerFactory, make_optimizer, make_update
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.memory.flat_arena import Allocate
+from mlsys_engine.numerics import Loss, seed_data_rank
+from mlsys_engine.plan import DTYPES, Plan
+
+
+def build_runner(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    optimizer: OptimizerFactory,
+    loss: Loss | None,
+    max_grad_norm: float | None,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> DataParallelRunner:
+    """Converts the model in place and builds everything around it. Called on every rank of `group`.
+
+    `group` is None in a world of one, which then communicates nothing. Order: device, optimizer, arenas,
+    weights and buffers of rank 0 everywhere, refusals, hooks, random state.
+    """
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ConfigError(
+            f"max_grad_norm={max_grad_norm}.", "It is a positive norm, or None.", "Leave it out to not clip."
+        )
+    _check_model(plan, model)
+    guard.check_unguarded(model)
+    model.to(device)
+    parameters = dict(model.named_parameters())
+    named = [(name, parameter) for name, parameter in parameters.items() if parameter.requires_grad]
+    built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
+    arenas = ModelArenas(plan.buckets, parameters, _gradient_allocator(group, device))
+    if group is not None:
+        _broadcast_model(model, arenas, group)
+    guard.guard(model)
+    runner = DataParallelRunner(
+        plan=plan,
+        model=model,
+        optimizer=built,
+        update=make_update(built, arenas),
+        arenas=arenas,
+        reducer=Reducer(arenas.buckets, _collective(dist.all_reduce, group)),
+        buffers=BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group)),
+        loss=loss,
+        max_grad_norm=max_grad_norm,
+        group=group,
+        device=device,
+    )
+    if plan.seed is not None:
+        seed_data_rank(plan.seed, runner.data_rank)
+    return runner
+
+
+def _collective(function: Callable[..., Any], group: dist.ProcessGroup | None) -> Callable[..., Any] | None:
+    return None if group is None else functools.partial(function, group=group, async_op=True)
+
+
+def _gradient_allocator(group: dist.ProcessGroup | None, device: torch.device) -> Allocate | None:
+    """Gradients live in the arena that ranks share, where the collectives reduce them without a copy."""
+    if group is None or device.type != "cpu":
+        return None
+    return lambda numel, dtype: comm.empty(numel, dtype=dtype, group=group)
+
+
+def _check_model(plan: Plan, model: nn.Module) -> None:
+    planned = {
+        slot.name: (slot.shape, DTYPES[bucket.dtype]) for bucket in plan.buckets for slot in bucket.slots
+    }
+    own = {
+        name: (tuple(parameter.shape), parameter.dtype)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if planned != own:
+        name = min(key for key in planned.keys() | own.keys() if planned.get(key) != own.get(key))
+        raise ConfigError(
+            f"The plan has {_describe(planned, name)} and the model has {_describe(own, name)}.",
+            "A plan is for the trainable parameters of one model, by name, shape and dtype.",
+            "Make the plan from this model with mls.plan.",
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(
+                f"{name} is on the meta device.",
+                "Data parallelism lays out a model that has its weights.",
+                "Materialise it first, with model.to_empty(device='cpu') and its own initialisation.",
+            )
+
+
+def _describe(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: str) -> str:
+    return f"{name} as {shapes[name][1]} {shapes[name][0]}" if name in shapes else f"no trainable {name}"
+
+
+@torch.no_grad()
+def _broadcast_model(model: nn.Module, arenas: ModelArenas, group: dist.ProcessGroup) -> None:
+    """Rank 0's weights and buffers everywhere: ranks agree even where their seeds did not."""
+    for pair in arenas.pairs.values():
+        if pair.parameters.data.numel():
+            dist.broadcast(pair.parameters.data, group_src=0, group=group)
+    laid_out = {place.parameter for place in arenas.places}
+    others = [parameter for parameter in model.parameters() if parameter not in laid_out]
+    for tensor in (*others, *model.buffers()):
+        if tensor.numel():
+            flat = tensor.detach().contiguous().view(-1)
+            flat = flat.view(torch.uint8) if flat.dtype is torch.bool else flat
+            dist.broadcast(flat, group_src=0, group=group)
+            tensor.copy_(flat.view(tensor.shape))

@@ -1,0 +1,227 @@
+"""Data parallelism: every rank has the whole model and its share of the batch.
+
+A step: forward and backward of the loss SUM for each of this rank's microbatches; the reducer adds gradients
+over ranks while the last backward runs; one small all-reduce adds losses and counts; the optimizer multiplies
+the summed gradient by (clip coefficient / global count) as it steps. So the mean is over what was counted
+anywhere, however unevenly it is spread over ranks and microbatches, and no sweep over the gradients is spent
+on dividing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mlsys_engine.data_parallel import guard, state
+from mlsys_engine.data_parallel.arenas import ModelArenas
+from mlsys_engine.data_parallel.buffers import BufferSync
+from mlsys_engine.data_parallel.reducer import Reducer
+from mlsys_engine.data_parallel.statistics import StepStatistics
+from mlsys_engine.data_parallel.update import Update
+from mlsys_engine.errors import CheckpointError, DataError
+from mlsys_engine.numerics import (
+    Loss,
+    call_model,
+    gradient_scale,
+    loss_sum_and_count,
+    numerics_mode,
+    shifts_labels,
+    to_device,
+)
+from mlsys_engine.plan import EvalResult, Plan, StepResult
+
+
+class DataParallelRunner:
+    """A plan.Runner; `build` in this folder makes it. Every rank calls step, evaluate and close alike."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        update: Update,
+        arenas: ModelArenas,
+        reducer: Reducer,
+        buffers: BufferSync,
+        loss: Loss | None,
+        max_grad_norm: float | None,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        self.plan = plan
+        self.reducer = reducer
+        self._model, self._optimizer, self._update = model, optimizer, update
+        self._arenas, self._buffers = arenas, buffers
+        self._loss, self._max_grad_norm = loss, max_grad_norm
+        self._causal = shifts_labels(model)
+        self._group, self._device = group, device
+        self._statistics = StepStatistics(len(arenas.places), buffers.num_watched, device)
+
+    @property
+    def data_rank(self) -> int:
+        return dist.get_rank(self._group) if self._group is not None else 0
+
+    @property
+    def num_data_shards(self) -> int:
+        return self.plan.axis("data")
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def step(self, batches: Sequence[Any]) -> StepResult:
+        """One optimizer step over all ranks' microbatches, in the train or eval mode that the modules are in.
+
+        A rank may have fewer microbatches than the others, or none. Afterwards `.grad` of every parameter
+        that some rank used is the reduced gradient: the sum over everything counted with the engine's
+        optimizers (divide by `num_tokens` for the mean), mean and clipped with torch's, which need it so.
+        """
+        if not isinstance(batches, list | tuple):
+            raise DataError(
+                f"step was given a {type(batches).__name__}.",
+                "It takes the list of this rank's microbatches.",
+                "Pass [batch] for a single one.",
+            )
+        self._arenas.check_in_place()
+        clock = _Clock()
+        try:
+            with numerics_mode(self.plan.numerics):
+                self._accumulate(batches, clock)
+                self._reduce(clock)
+                return self._finish_step(clock)
+        except BaseException:
+            self.reducer.cancel()
+            raise
+
+    def _accumulate(self, batches: Sequence[Any], clock: _Clock) -> None:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        count = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.reducer.start(len(batches))
+        for batch in batches:
+            part, part_count = self._forward(batch)
+            clock.lap("forward")
+            # Where the count is at hand, a microbatch that counts nothing needs no backward: its gradient is
+            # 0.
+            if part_count.device.type != "cpu" or part_count.item() > 0:
+                part.backward()
+            self.reducer.end_backward()
+            loss_sum += part.detach()
+            count += part_count
+            clock.lap("backward")
+        self._statistics.fill(loss_sum, count, self.reducer.used, self._buffers.changed())
+
+    def _reduce(self, clock: _Clock) -> None:
+        # The same order of collectives on every rank: buckets, statistics, running statistics, other buffers.
+        self.reducer.finish()
+        work = self._all_reduce(self._statistics.vector)
+        self._buffers.start()
+        self.reducer.wait()
+        if work is not None:
+            work.wait()
+        self._buffers.finish(self._statistics.changed_anywhere() if self._buffers.num_watched else ())
+        # Where this rank used everything, every parameter was used somewhere: no need to read the device.
+        used = self.reducer.used
+        self.reducer.settle(used if all(used) else self._statistics.used_anywhere())
+        clock.lap("wait")
+
+    def _finish_step(self, clock: _Clock) -> StepResult:
+        loss_sum, count = self._statistics.loss_sum, self._statistics.count
+        scale = gradient_scale(self._update.sum_of_squares(), count, self._max_grad_norm)
+        self._update.step(scale)
+        clock.lap("optimizer")
+        return StepResult(
+            loss=loss_sum / count,
+            grad_norm=scale.norm,
+            skipped=scale.skip,
+            num_tokens=count.to(torch.int64),
+            timings=clock.seconds,
+        )
+
+    def evaluate(self, batch: Any | None) -> EvalResult:
+        """Loss and count of this rank's share (None: it has none), summed over all ranks, in eval mode."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if batch is not None:
+            with _evaluating(self._model), numerics_mode(self.plan.numerics):
+                totals[0], totals[1] = self._forward(batch)
+        work = self._all_reduce(totals)
+        if work is not None:
+            work.wait()
+        return EvalResult(loss_sum=totals[0], count=totals[1].to(torch.int64))
+
+    def predict(self, batch: Any) -> Any:
+        """The model's output for this rank's own batch, in eval mode and without gradients."""
+        with _evaluating(self._model), numerics_mode(self.plan.numerics):
+            return call_model(self._model, to_device(batch, self._device), with_loss=self._loss is not None)
+
+    def state_dict(self, full: bool = False) -> dict[str, Any]:
+        """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU."""
+        return {
+            "model": state.model_state(self._model, full),
+            "optimizer": state.optimizer_state(self._optimizer, self._model, full),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copies what `state_dict` returned, here or under another layout, into place; equal on every rank.
+
+        Without "optimizer" only the model is loaded, for weights that come from elsewhere.
+        """
+        if unexpected := state_dict.keys() - {"model", "optimizer"} or "model" not in state_dict:
+            raise CheckpointError(
+                f"A state dictionary with the keys {sorted(state_dict)[:5]}.",
+                'A runner\'s state has "model" and, to go on training, "optimizer".',
+                f'Pass {{"model": weights}} to load weights alone.{" " if unexpected else ""}',
+            )
+        state.load_model_state(self._model, state_dict["model"])
+        if "optimizer" in state_dict:
+            state.load_optimizer_state(self._optimizer, self._model, state_dict["optimizer"])
+
+    def close(self) -> None:
+        """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards."""
+        self.reducer.close()
+        guard.release(self._model)
+        self._arenas.release()
+
+    def _forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = to_device(batch, self._device)
+        output = call_model(self._model, batch, with_loss=self._loss is not None)
+        return loss_sum_and_count(output, batch, self._loss, causal=self._causal)
+
+    def _all_reduce(self, tensor: torch.Tensor) -> dist.Work | None:
+        return None if self._group is None else dist.all_reduce(tensor, group=self._group, async_op=True)
+
+
+class _Clock:
+    """Seconds of this rank's own time by phase; on a GPU, the time to issue the work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back, frozen layers included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

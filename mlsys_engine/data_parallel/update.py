@@ -1,0 +1,115 @@
+"""How an optimizer takes the reduced gradient: the engine's own in one sweep, any other of torch's in two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from mlsys_engine.data_parallel.arenas import ModelArenas
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.memory.flat_arena import FlatArena
+from mlsys_engine.numerics import GradientScale
+
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+@runtime_checkable
+class ScaledStep(Protocol):
+    """What an optimizer offers that scales the gradient while it steps (mlsys_engine.optim's all do)."""
+
+    def adopt(self, params: FlatArena, grads: FlatArena) -> None: ...
+
+    def sum_of_squares(self) -> torch.Tensor: ...
+
+    def step_scaled(self, *, grad_scale: float | torch.Tensor, skip: bool | torch.Tensor) -> None: ...
+
+
+class Update(Protocol):
+    """The last part of a step, over gradients that are summed and in place."""
+
+    def sum_of_squares(self) -> torch.Tensor:
+        """Of the summed gradient, 0-d float64."""
+
+    def step(self, scale: GradientScale) -> None:
+        """Multiplies the gradient by `scale.scale` and steps; does nothing at all where `scale.skip`."""
+
+
+class FusedUpdate:
+    """Scaling is part of the optimizer's own sweep; `.grad` keeps the unscaled sum."""
+
+    def __init__(self, optimizer: ScaledStep, arenas: ModelArenas) -> None:
+        self._optimizer = optimizer
+        # Segments need one dtype; a model of mixed dtypes is stepped parameter by parameter.
+        if len(arenas.pairs) == 1:
+            (pair,) = arenas.pairs.values()
+            optimizer.adopt(pair.parameters, pair.gradients)
+
+    def sum_of_squares(self) -> torch.Tensor:
+        return self._optimizer.sum_of_squares()
+
+    def step(self, scale: GradientScale) -> None:
+        self._optimizer.step_scaled(grad_scale=scale.scale, skip=scale.skip)
+
+
+class PlainUpdate:
+    """For any torch.optim.Optimizer: scales the arenas, then steps. Waits for the device to know `skip`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, arenas: ModelArenas) -> None:
+        self._optimizer = optimizer
+        self._gradients = [pair.gradients.data for pair in arenas.pairs.values()]
+
+    def sum_of_squares(self) -> torch.Tensor:
+        # Padding and the places of unused parameters are zero, so whole arenas can be summed.
+        norms = [torch.linalg.vector_norm(flat, dtype=torch.float64) for flat in self._gradients]
+        return torch.stack(norms).square().sum()
+
+    def step(self, scale: GradientScale) -> None:
+        if scale.skip:
+            return
+        for flat in self._gradients:
+            flat.mul_(scale.scale)
+        self._optimizer.step()
+
+
+def make_optimizer(
+    factory: OptimizerFactory, named: Sequence[tuple[str, nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """Calls the factory with the named trainable parameters; raises ConfigError for what cannot work."""
+    if isinstance(factory, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer= is a {type(factory).__name__} that already exists.",
+            "optimizer= is a factory that is called with the model's (name, parameter) pairs.",
+            f"Pass functools.partial({type(factory).__name__}, lr=...) instead.",
+        )
+    if not callable(factory):
+        raise ConfigError(
+            f"optimizer={factory!r}.",
+            "optimizer= is a factory that is called with the model's (name, parameter) pairs.",
+            "Pass functools.partial(mls.optim.AdamW, lr=...).",
+        )
+    if not named:
+        raise ConfigError(
+            "The model has no parameter that requires a gradient.",
+            "An optimizer needs at least one.",
+            "Set requires_grad on what should be trained, or use the model without a runner.",
+        )
+    optimizer: Any = factory(list(named))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"The optimizer factory returned a {type(optimizer).__name__}.",
+            "It returns a torch.optim.Optimizer over the parameters it was given.",
+            "Pass functools.partial(mls.optim.AdamW, lr=...).",
+        )
+    return optimizer
+
+
+def make_update(optimizer: torch.optim.Optimizer, arenas: ModelArenas) -> Update:
+    """The way in which this optimizer is stepped."""
+    return (
+        FusedUpdate(optimizer, arenas)
+        if isinstance(optimizer, ScaledStep)
+        else PlainUpdate(optimizer, arenas)
+    )
