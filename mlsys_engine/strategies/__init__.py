@@ -1,1 +1,18 @@
+"""The strategies, and plan, apply and wrap, which turn them into runners."""
 
+from mlsys_engine.strategies.api import apply, plan, wrap
+from mlsys_engine.strategies.base import PlanOptions, Strategy
+from mlsys_engine.strategies.data_parallel import DataParallel
+from mlsys_engine.strategies.registry import STRATEGIES, from_name, strategy_type
+
+__all__ = [
+    "STRATEGIES",
+    "DataParallel",
+    "PlanOptions",
+    "Strategy",
+    "apply",
+    "from_name",
+    "plan",
+    "strategy_type",
+    "wrap",
+]

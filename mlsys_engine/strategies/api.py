@@ -1,0 +1,158 @@
+"""plan, apply and wrap: the way from a model to a Runner."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mlsys_engine import activation as activation_policies
+from mlsys_engine.comm.launch import World, current_world, init
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.numerics import Loss, call_model
+from mlsys_engine.plan import Plan, Runner
+from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Strategy
+from mlsys_engine.strategies.data_parallel import DataParallel
+from mlsys_engine.strategies.lazy import LazyRunner
+from mlsys_engine.strategies.registry import from_name, strategy_type
+from mlsys_engine.trace import EXECUTION, Trace, trace
+
+
+def plan(
+    model: nn.Module,
+    strategy: Strategy | str,
+    sample: Any = None,
+    *,
+    world: int | World | None = None,
+    precision: str = "fp32",
+    accumulate: int = 1,
+    activation: str | None = None,
+    numerics: str = "fast",
+    compile: bool = False,
+    seed: int | None = None,
+) -> Plan:
+    """Resolves the whole layout of `model` on a world, as a value. Needs no ranks and changes nothing.
+
+    `sample` is one microbatch; without it the order of the buckets is that of registration. `world` is a
+    number of ranks or a World; the default is the current one, or one rank. Raises ConfigError for what
+    cannot work.
+    """
+    chosen = from_name(strategy)
+    options = PlanOptions(
+        precision=precision,
+        accumulate=accumulate,
+        activation=activation_policies.resolve(model, activation),
+        numerics=numerics,
+        compile=compile,
+        seed=seed,
+    )
+    return chosen.plan(_trace(model, sample), _world_size(world), options)
+
+
+def apply(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    optimizer: OptimizerFactory,
+    loss: Loss | None = None,
+    max_grad_norm: float | None = None,
+) -> Runner:
+    """Builds a plan: converts `model` in place and returns what trains it. Every rank calls it alike.
+
+    Joins the job first (mls.init) when nobody has. `optimizer` is called with the list of (name, parameter)
+    of the trainable parameters and returns a torch.optim.Optimizer. `loss(output, batch)` returns a mean or
+    `(sum, count)`; None takes the output's `.loss`. Afterwards `.to()` and `assign=True` are refused.
+    """
+    world = init()
+    if plan.world_size != world.world_size:
+        raise ConfigError(
+            f"A plan for {plan.world_size} ranks.",
+            f"This job has {world.world_size}.",
+            "Make the plan with world=mls.init(), or launch as many ranks as it has.",
+        )
+    _check_agreement(plan, world)
+    activation_policies.apply_actions(model, dict(plan.activation))
+    if plan.compile:
+        model.compile()
+    return strategy_type(plan.strategy).build(
+        plan, model, optimizer=optimizer, loss=loss, max_grad_norm=max_grad_norm, world=world
+    )
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    optimizer: OptimizerFactory,
+    loss: Loss | None = None,
+    strategy: Strategy | str = DataParallel(),  # noqa: B008 (a frozen value)
+    max_grad_norm: float | None = None,
+    precision: str = "fp32",
+    accumulate: int = 1,
+    activation: str | None = None,
+    numerics: str = "fast",
+    compile: bool = False,
+    sample: Any = None,
+    seed: int | None = None,
+) -> Runner:
+    """plan and apply in one call, for those who keep their own loop. Called on every rank.
+
+    Joins the job first (mls.init) when nobody has. With a sample everything is built at once. Without, at the
+    first step, from its first microbatch on rank 0; or earlier and in registration order, when the optimizer
+    or the state is asked for before.
+    """
+    world = init()
+    chosen = from_name(strategy)
+    make_plan = partial(
+        plan,
+        model,
+        chosen,
+        world=world,
+        precision=precision,
+        accumulate=accumulate,
+        activation=activation,
+        numerics=numerics,
+        compile=compile,
+        seed=seed,
+    )
+    build = partial(apply, model=model, optimizer=optimizer, loss=loss, max_grad_norm=max_grad_norm)
+    if sample is not None:
+        return build(make_plan(sample))
+    make_plan()  # what cannot work is refused here, not at the first step
+    return LazyRunner(model=model, make_plan=make_plan, build=build, world=world)
+
+
+def _trace(model: nn.Module, sample: Any) -> Trace:
+    """The trace; a tuple is tried as all of the model's arguments, then as (input, what the loss needs)."""
+    found = trace(model, sample, call=partial(call_model, with_loss=False))
+    if sample is not None and found.order_source != EXECUTION:
+        again = trace(model, sample, call=partial(call_model, with_loss=True))
+        return again if again.order_source == EXECUTION else found
+    return found
+
+
+def _world_size(world: int | World | None) -> int:
+    if isinstance(world, bool) or (isinstance(world, int) and world < 1):
+        raise ConfigError(f"world={world}.", "A world has at least one rank.", "Give the number of ranks.")
+    if isinstance(world, int):
+        return world
+    known = world or current_world()
+    return known.world_size if known is not None else 1
+
+
+def _check_agreement(plan: Plan, world: World) -> None:
+    """Ranks with different plans would wait for each other for ever: compare hashes before building."""
+    if world.world_size == 1:
+        return
+    own = torch.tensor([int(plan.hash[:15], 16)], dtype=torch.int64)
+    hashes = [torch.zeros_like(own) for _ in range(world.world_size)]
+    dist.all_gather(hashes, own)
+    different = [rank for rank, value in enumerate(hashes) if value.item() != hashes[0].item()]
+    if different:
+        raise ConfigError(
+            f"Rank {different[0]} has another plan than rank 0; this is rank {world.rank} with {plan.hash}.",
+            "Every rank applies an equal plan.",
+            "Give every rank the same model, strategy, options and shape of sample.",
+        )

@@ -1,0 +1,73 @@
+"""What a strategy is: a small frozen value that turns a trace into a Plan, and a way to build that Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from mlsys_engine.comm.launch import World
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.numerics import Loss
+from mlsys_engine.plan import NUMERICS_MODES, PRECISIONS, Plan, Runner
+from mlsys_engine.trace import Trace
+
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a plan is asked for besides the strategy; checked when made, before any process starts."""
+
+    precision: str = "fp32"
+    """Arithmetic of forward and backward."""
+    accumulate: int = 1
+    """Microbatches of one step on each rank."""
+    activation: Mapping[str, str] = field(default_factory=dict)
+    """Activation action for each block, by name."""
+    numerics: str = "fast"
+    """The promise about bits."""
+    compile: bool = False
+    """Whether the model is compiled with torch.compile."""
+    seed: int | None = None
+    """Seed of every rank's random numbers; None leaves them alone."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision={self.precision!r}.", f"It is one of {', '.join(PRECISIONS)}.", 'Use "fp32".'
+            )
+        if self.numerics not in NUMERICS_MODES:
+            raise ConfigError(
+                f"numerics={self.numerics!r}.", f"It is one of {', '.join(NUMERICS_MODES)}.", 'Use "fast".'
+            )
+        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
+            raise ConfigError(
+                f"accumulate={self.accumulate!r}.",
+                "It is the number of microbatches of a step, at least 1.",
+                "Use 1 to not accumulate.",
+            )
+
+
+class Strategy(Protocol):
+    """One way to lay out training. A new one is one file and one line in `registry.STRATEGIES`."""
+
+    name: ClassVar[str]
+
+    def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
+        """The layout of a model on `world_size` ranks. Needs none; raises ConfigError for what cannot be."""
+
+    @staticmethod
+    def build(
+        plan: Plan,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        loss: Loss | None,
+        max_grad_norm: float | None,
+        world: World,
+    ) -> Runner:
+        """Builds a plan that `plan` made, on every rank of `world`, converting the model in place."""

@@ -1,0 +1,119 @@
+"""Data parallelism: the whole model on every rank, gradients summed over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.distributed as dist
+from torch import nn
+
+from mlsys_engine.comm.launch import World
+from mlsys_engine.data_parallel.buckets import layout_buckets
+from mlsys_engine.data_parallel.build import build_runner
+from mlsys_engine.errors import ConfigError, did_you_mean
+from mlsys_engine.numerics import Loss
+from mlsys_engine.plan import SHARD_LEVELS, SYNC_MODES, MeshAxis, Plan, Runner
+from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions
+from mlsys_engine.trace import Trace
+
+_COMPRESSIONS = ("bf16", "int8", "powersgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallel:
+    """Every rank holds the model and feeds its own share of each batch; all take the same step."""
+
+    name: ClassVar[str] = "data_parallel"
+
+    shard: str = "none"
+    """What is split over ranks instead of repeated: "none" so far."""
+    sync: str = "step"
+    """When ranks agree on gradients: "step" so far, at every optimizer step."""
+    compression: str | None = None
+    """How gradients are compressed on the wire: None so far."""
+    bucket_mib: float = 25.0
+    """Size of a bucket of gradients; smaller starts communicating sooner, larger has less overhead."""
+
+    def __post_init__(self) -> None:
+        _check("shard", self.shard, SHARD_LEVELS, "none")
+        _check("sync", self.sync, SYNC_MODES, "step")
+        _check("compression", self.compression, (None, *_COMPRESSIONS), None)
+        if isinstance(self.bucket_mib, bool) or not self.bucket_mib > 0:
+            raise ConfigError(
+                f"DataParallel(bucket_mib={self.bucket_mib!r}).",
+                "A bucket has a positive size in MiB.",
+                "Leave it out for 25.",
+            )
+
+    def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
+        """The buckets of the model's trainable parameters, and the options. Needs no ranks."""
+        if options.precision != "fp32":
+            raise ConfigError(
+                f"precision={options.precision!r}.",
+                'DataParallel runs the model in its own dtype, which is precision="fp32", in this version.',
+                'Use "fp32".',
+            )
+        if options.numerics == "world_invariant":
+            raise ConfigError(
+                'numerics="world_invariant".',
+                "DataParallel sums over ranks in an order that depends on their number, in this version.",
+                'Use "reproducible" for the same bits from the same configuration.',
+            )
+        return Plan(
+            strategy=self.name,
+            mesh=(MeshAxis(name="data", size=world_size),),
+            buckets=layout_buckets(trace, self.bucket_mib),
+            order_source=trace.order_source,
+            shard=self.shard,
+            sync=self.sync,
+            compression=self.compression,
+            algorithms=(
+                ("accumulation", "in_order"),  # a rank's microbatches
+                ("gradients", "all_reduce"),  # of each bucket over ranks, in the gradients' dtype
+                ("mean", "scaled_step"),  # the sum times one float64 factor, while stepping
+            ),
+            activation=tuple(options.activation.items()),
+            precision=options.precision,
+            accumulate=options.accumulate,
+            numerics=options.numerics,
+            compile=options.compile,
+            seed=options.seed,
+        )
+
+    @staticmethod
+    def build(
+        plan: Plan,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        loss: Loss | None,
+        max_grad_norm: float | None,
+        world: World,
+    ) -> Runner:
+        """Converts the model in place. A world of one communicates nothing."""
+        return build_runner(
+            plan,
+            model,
+            optimizer=optimizer,
+            loss=loss,
+            max_grad_norm=max_grad_norm,
+            device=world.device,
+            group=dist.group.WORLD if world.world_size > 1 else None,
+        )
+
+
+def _check(field: str, value: str | None, known: tuple[str | None, ...], built: str | None) -> None:
+    if value == built:
+        return
+    if value in known:
+        raise ConfigError(
+            f"DataParallel({field}={value!r}).",
+            f"This version builds {field}={built!r} only.",
+            f"Leave {field} out.",
+        )
+    raise ConfigError(
+        f"DataParallel({field}={value!r}).",
+        f"{field} is one of {', '.join(repr(name) for name in known)}.",
+        did_you_mean(str(value), [str(name) for name in known]),
+    )
