@@ -4,7 +4,8 @@ _kernels     torch.ops.mlsys.* through torch's stable ABI (one binary serves sev
 _comm        the c10d process group, through torch's own headers and its bundled pybind11
 _activation  the recompute frame, plain pybind11, no torch headers
 
-Environment: MAX_JOBS, MLSYS_BUILD_CUDA=0|1 (default: when torch has CUDA and nvcc is there), TORCH_CUDA_ARCH_LIST.
+Environment: MAX_JOBS, TORCH_CUDA_ARCH_LIST, MLSYS_BUILD_CUDA=0|1 (default: when torch has CUDA and nvcc is
+there), MLSYS_BUILD_ONLY=_kernels|_comm|_activation.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "mlsys_engine" / "native"))
 from source_hash import hash_sources  # noqa: E402  (a file of the package that imports nothing else)
 
 
-def fail(given: str, expected: str, action: str) -> None:
+def fail(given: str, expected: str, action: str) -> NoReturn:
+    """Ends the build with the three parts of an error and no traceback."""
     sys.exit(f"\nmlsys_engine: {given} {expected}\n  {action}\n")
 
 
@@ -38,65 +42,146 @@ except ImportError:
     )
 
 OLDEST_TORCH = (2, 11)
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-    fail(f"torch {torch.__version__} is installed.", "torch 2.11 or newer is needed.", "Type: pip install torch==2.13.0")
-if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-    fail("No C++ compiler was found.", "g++ 11 or newer (or clang 14) must be on PATH.",
-         "Type: apt-get install g++   (or name one: CXX=/path/to/g++)")
+
+# -fno-math-errno and -fno-trapping-math let loops with sqrt and comparisons vectorise without changing a
+# value; -ffp-contract=off keeps every instruction set on the same bits.
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-unknown-pragmas",
+    "-g0",
+]
+# The first torch whose stable ABI the kernels use: 2.10, so that 2.11 to 2.13 load one binary.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+INCLUDES = [str(ROOT / "csrc")]
+
+
+def check_tools() -> None:
+    """Says what to type when the build cannot work, before it starts."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        fail(
+            f"torch {torch.__version__} is installed.",
+            "torch 2.11 or newer is needed.",
+            "Type: pip install torch==2.13.0",
+        )
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        fail(
+            "No C++ compiler was found.",
+            "g++ 11 or newer (or clang 14) must be on PATH.",
+            "Type: apt-get install g++   (or name one: CXX=/path/to/g++)",
+        )
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        fail(
+            f"Python.h is missing from {sysconfig.get_paths()['include']}.",
+            "The headers of this Python are needed to build extensions.",
+            "Type: apt-get install python3-dev",
+        )
+    if shutil.which("ninja") is None:
+        fail(
+            "ninja is not on PATH.",
+            "The build runs its compilers in parallel through it.",
+            "Type: pip install ninja   (and activate the environment it is in)",
+        )
 
 
 def wants_cuda() -> bool:
     """CUDA kernels are compiled in when torch has CUDA and nvcc exists; MLSYS_BUILD_CUDA overrides."""
     possible = torch.version.cuda is not None and CUDA_HOME is not None
     asked = os.environ.get("MLSYS_BUILD_CUDA")
+    if asked not in {None, "0", "1"}:
+        fail(f"MLSYS_BUILD_CUDA={asked!r} is set.", "It is 0 or 1.", "Type: unset MLSYS_BUILD_CUDA")
     if asked == "1" and not possible:
-        fail("MLSYS_BUILD_CUDA=1 is set.", f"torch must have CUDA (it has {torch.version.cuda}) and nvcc must exist.",
-             "Install a CUDA build of torch and the CUDA toolkit, or unset MLSYS_BUILD_CUDA.")
+        fail(
+            "MLSYS_BUILD_CUDA=1 is set.",
+            f"torch must have CUDA (it has {torch.version.cuda}) and nvcc must exist.",
+            "Install a CUDA build of torch and the CUDA toolkit, or unset MLSYS_BUILD_CUDA.",
+        )
     return possible if asked is None else asked == "1"
 
 
 def sources(*patterns: str) -> list[str]:
+    """The files of the patterns, in an order that does not depend on the file system."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-# -fno-math-errno and -fno-trapping-math let loops with sqrt and comparisons vectorise without changing a value;
-# -ffp-contract=off keeps every instruction set on the same bits.
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-             "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-g0"]
-# The first torch whose stable ABI the kernels use: 2.10, so that 2.11 to 2.13 load one binary.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-INCLUDES = [str(ROOT / "csrc")]
+def kernels() -> Extension:
+    """torch.ops.mlsys.*, with the CUDA sources when they are wanted."""
+    files = sources(
+        "csrc/core/*.cpp",
+        "csrc/optim/**/*.cpp",
+        "csrc/activation/**/*.cpp",
+        "csrc/bindings/kernels/*.cpp",
+    )
+    flags = {"cxx": [*CXX_FLAGS, *STABLE_ABI]}
+    make = CppExtension
+    if wants_cuda():
+        make = CUDAExtension
+        files += sources("csrc/optim/**/*.cu", "csrc/activation/**/*.cu", "csrc/bindings/kernels/*.cu")
+        flags["cxx"].append("-DUSE_CUDA")
+        flags["nvcc"] = ["-O3", "-std=c++20", "--fmad=false", "-DUSE_CUDA", *STABLE_ABI]
+    return make(
+        "mlsys_engine.native._kernels",
+        files,
+        include_dirs=INCLUDES,
+        extra_compile_args=flags,
+        py_limited_api=True,
+    )
 
 
-def extensions() -> list:
-    cuda = wants_cuda()
-    kernel_sources = sources("csrc/core/*.cpp", "csrc/optim/**/*.cpp", "csrc/activation/**/*.cpp", "csrc/bindings/kernels/*.cpp")
-    kernel_flags = {"cxx": [*CXX_FLAGS, *STABLE_ABI]}
-    make_kernels = CppExtension
-    if cuda:
-        make_kernels = CUDAExtension
-        kernel_sources += sources("csrc/optim/**/*.cu", "csrc/activation/**/*.cu", "csrc/bindings/kernels/*.cu")
-        kernel_flags["cxx"].append("-DUSE_CUDA")
-        kernel_flags["nvcc"] = ["-O3", "-std=c++20", "--fmad=false", "-DUSE_CUDA", *STABLE_ABI]
-    return [
-        make_kernels("mlsys_engine.native._kernels", kernel_sources, include_dirs=INCLUDES,
-                     extra_compile_args=kernel_flags, py_limited_api=True),
-        CppExtension("mlsys_engine.native._comm",
-                     sources("csrc/core/*.cpp", "csrc/memory/*.cpp", "csrc/comm/**/*.cpp", "csrc/bindings/comm/*.cpp"),
-                     include_dirs=INCLUDES, extra_compile_args={"cxx": CXX_FLAGS}),
-        CppExtension("mlsys_engine.native._activation", sources("csrc/bindings/activation/*.cpp"),
-                     include_dirs=INCLUDES, extra_compile_args={"cxx": CXX_FLAGS}),
+def plain(name: str, *patterns: str) -> Extension:
+    """An extension of C++ sources alone."""
+    return CppExtension(
+        f"mlsys_engine.native.{name}",
+        sources(*patterns),
+        include_dirs=INCLUDES,
+        extra_compile_args={"cxx": CXX_FLAGS},
+    )
+
+
+def extensions() -> list[Extension]:
+    """All three, or the one that MLSYS_BUILD_ONLY names."""
+    every = [
+        kernels(),
+        plain(
+            "_comm",
+            "csrc/core/*.cpp",
+            "csrc/memory/*.cpp",
+            "csrc/comm/**/*.cpp",
+            "csrc/bindings/comm/*.cpp",
+        ),
+        plain("_activation", "csrc/bindings/activation/*.cpp"),
     ]
+    only = os.environ.get("MLSYS_BUILD_ONLY", "")
+    return [extension for extension in every if extension.sources and extension.name.endswith(only)]
 
 
 class Build(BuildExtension):
-    """torch's ninja build with a fixed object folder, so that editable installs rebuild only what changed."""
+    """torch's ninja build with fixed object folders, so that editable installs rebuild only what changed."""
 
     def finalize_options(self) -> None:
+        """Keeps the objects below build/native, wherever pip builds."""
         super().finalize_options()
         self.build_temp = str(ROOT / "build" / "native")
 
+    def build_extension(self, ext: Extension) -> None:
+        """Builds one extension in a folder of its own: they share sources, but not flags."""
+        shared = self.build_temp
+        self.build_temp = str(Path(shared) / ext.name.rpartition(".")[2])
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
+
     def run(self) -> None:
+        """Builds, and records for the loader what was built from which sources against which torch."""
+        check_tools()
         in_place = self.inplace or self.editable_mode  # setuptools clears `inplace` while it runs
         super().run()
         record = {
@@ -110,8 +195,4 @@ class Build(BuildExtension):
         (target / "native" / "_build.json").write_text(json.dumps(record, indent=1))
 
 
-ext_modules = [extension for extension in extensions() if extension.sources]
-only = os.environ.get("MLSYS_BUILD_ONLY")  # developers: build one extension, e.g. MLSYS_BUILD_ONLY=_kernels
-if only:
-    ext_modules = [extension for extension in ext_modules if extension.name.endswith(only)]
-setup(ext_modules=ext_modules, cmdclass={"build_ext": Build.with_options(use_ninja=True)})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build.with_options(use_ninja=True)})
