@@ -1,7 +1,7 @@
 """The rank named by the first argument fails in the way named by the second, while the others wait for it.
 
-Writes each rank's process id, and the time of the failure, to the folder of the third argument, so that a test
-can tell how long the others stayed.
+Writes each rank's process id, and the time of the failure, to the folder of the third argument, so that a
+test can tell how long the others stayed.
 """
 
 from __future__ import annotations
