@@ -37,21 +37,16 @@ def stdlib_corpus(max_bytes: int | None = None, root: str | os.PathLike[str] | N
     A file belongs to validation when a hash of its path inside the library falls into a tenth of the hash's
     range, so that a file keeps its side in every version of Python. The library's own tests are text as good
     as any other and are kept where they are installed (some distributions leave them out). Files follow each
-    other in the order of their hashes; `max_bytes` keeps the first so many bytes of that order, which is a
-    sample over the whole library. `root` is another folder of .py files to read in the same way.
+    other in the order of their hashes. `max_bytes` limits both parts together, a tenth of it for validation:
+    each keeps its first bytes, which come from all over the library. `root` is another folder of .py files.
     """
     folder = Path(root if root is not None else sysconfig.get_path("stdlib"))
     names = sorted(_python_files(folder), key=_order)
-    parts: dict[bool, list[bytes]] = {False: [], True: []}
-    num_files, left = 0, max_bytes if max_bytes is not None else 1 << 62
-    for name in names:
-        if left <= 0:
-            break
-        text = (folder / name).read_bytes()[:left]
-        left -= len(text)
-        num_files += 1
-        parts[_is_validation(name)].append(text)
-    train, validation = b"".join(parts[False]), b"".join(parts[True])
+    limit = max_bytes if max_bytes is not None else 1 << 62
+    validation_limit = int(limit * _VALIDATION_SHARE)
+    train, num_train = _read(folder, [n for n in names if not _is_validation(n)], limit - validation_limit)
+    validation, num_validation = _read(folder, [n for n in names if _is_validation(n)], validation_limit)
+    num_files = num_train + num_validation
     if not train or not validation:
         raise DataError(
             f"{folder} with max_bytes={max_bytes} gives {len(train)} bytes to train on and "
@@ -68,6 +63,17 @@ def stdlib_corpus(max_bytes: int | None = None, root: str | os.PathLike[str] | N
         num_files=num_files,
         description=f"{num_files} files of the standard library of Python {platform.python_version()}",
     )
+
+
+def _read(folder: Path, names: list[str], limit: int) -> tuple[bytes, int]:
+    """The first `limit` bytes of the files one after the other, and how many files they come from."""
+    texts: list[bytes] = []
+    for name in names:
+        if limit <= 0:
+            break
+        texts.append((folder / name).read_bytes()[:limit])
+        limit -= len(texts[-1])
+    return b"".join(texts), len(texts)
 
 
 def _python_files(folder: Path) -> list[str]:

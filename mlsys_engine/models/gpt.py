@@ -1,9 +1,8 @@
 """A small GPT: decoder blocks with rotary positions, causal SDPA attention and a squared-ReLU MLP.
 
 The parts are chosen for training quickly on few tokens: rotary positions (Su et al. 2021) instead of learned
-ones, squared ReLU (So et al. 2021), normalisation before each part, no biases, and residual branches that
-begin at zero, so that the model begins as its embedding and head. Blocks take and give one tensor and hold no
-buffers, so they can be checkpointed, sharded or cut into pipeline stages one by one.
+ones, squared ReLU (So et al. 2021), normalisation before each part, and no biases. Blocks take and give one
+tensor and hold no buffers, so they can be checkpointed, sharded or cut into pipeline stages one by one.
 
 Shapes: B batch, T tokens, D width, H heads, K width of a head, V vocabulary.
 """
@@ -85,7 +84,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self._initialise()
         if config.tied_embeddings:
-            self.head.weight = self.embedding.weight
+            self.embedding.weight = self.head.weight  # with the head's small initial values
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> GPTOutput:
         """Logits for every position and, with labels, the mean loss of predicting each next token.
@@ -109,16 +108,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        # Branches that end in zeros leave the residual stream untouched at first, whatever the depth;
-        # matrices into a branch keep the scale of their (normalised) input.
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            for inward in (block.attention.qkv, block.mlp.inner):
-                nn.init.normal_(inward.weight, std=1.0 / math.sqrt(self.config.width))
-            nn.init.zeros_(block.attention.output.weight)
-            nn.init.zeros_(block.mlp.output.weight)
-        nn.init.zeros_(self.head.weight)  # the first loss is that of guessing: log(vocab_size)
+        # Matrices keep the scale of their (normalised) input; those that add to the residual stream share out
+        # one unit of variance among all of them (Radford et al. 2019). The embedding is of that order too:
+        # beginning it near zero made learning much slower. A small head makes the first loss that of guessing.
+        config = self.config
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.dim() == 2:
+                num_added = 2 * config.num_layers if name.endswith("output.weight") else 1
+                nn.init.normal_(parameter, std=1.0 / math.sqrt(parameter.shape[1] * num_added))
+        nn.init.normal_(self.head.weight, std=0.02)
 
 
 class Block(nn.Module):
