@@ -110,7 +110,7 @@ class GPT(nn.Module):
     def _initialise(self) -> None:
         # Matrices keep the scale of their (normalised) input; those that add to the residual stream share out
         # one unit of variance among all of them (Radford et al. 2019). The embedding is of that order too:
-        # beginning it near zero made learning much slower. A small head makes the first loss that of guessing.
+        # near zero it made learning much slower. A small head makes the first loss that of guessing.
         config = self.config
         nn.init.normal_(self.embedding.weight, std=0.5)
         for name, parameter in self.blocks.named_parameters():
