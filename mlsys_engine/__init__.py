@@ -1,7 +1,7 @@
 """mlsys_engine: a distributed training engine with native kernels. Import it as `mls`.
 
 Importing it opens no socket, starts no thread and touches no device. `mls.plan` is the function, although a
-folder of that name holds the Plan: importing the function imports that folder first, and nothing does so later.
+folder of that name holds the Plan: importing the function imports that folder first, and nothing later.
 Inside the package write `from mlsys_engine.plan.x import y`.
 """
 
@@ -18,13 +18,16 @@ from mlsys_engine import (
     tracking,
 )
 from mlsys_engine.comm.launch import World, init
+from mlsys_engine.strategies import DataParallel, apply, plan, wrap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DataParallel",
     "World",
     "__version__",
     "activation",
+    "apply",
     "comm",
     "data",
     "errors",
@@ -33,6 +36,8 @@ __all__ = [
     "memory",
     "models",
     "optim",
+    "plan",
     "telemetry",
     "tracking",
+    "wrap",
 ]

@@ -72,9 +72,8 @@ def _join(placement: Placement, timeout: timedelta) -> World:
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"mlsys/{restart}/{_joined.num_joins}", base)
     _joined.num_joins += 1
-    roster = rendezvous.agree(store, placement, os.environ.get(_JOB_KEY), timeout)
-    os.environ[_JOB_KEY] = roster.job_key  # the backend takes it from there; never from arguments
-    local_rank, local_size = locate(placement, roster.hosts)
+    hosts = rendezvous.agree(store, placement, os.environ.get(_JOB_KEY), timeout)
+    local_rank, local_size = locate(placement, hosts)
     num_threads = threads.fix_threads(
         os.environ, num_cpus=threads.usable_cpus(affinity), local_size=local_size
     )
@@ -94,7 +93,7 @@ def _join(placement: Placement, timeout: timedelta) -> World:
         local_rank=local_rank,
         world_size=placement.world_size,
         local_size=local_size,
-        hosts=roster.hosts,
+        hosts=hosts,
         device=device_of(local_rank),
         launcher=placement.launcher,
         num_threads=num_threads,

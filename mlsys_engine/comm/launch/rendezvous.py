@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -35,14 +34,6 @@ class Arrival:
     key_digest: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Roster:
-    """What rank 0 answers once all have arrived."""
-
-    hosts: tuple[str, ...]
-    job_key: str
-
-
 def make_store(placement: Placement, timeout: timedelta) -> dist.Store:
     """A store that all ranks of the job share; a world of one needs no socket."""
     if placement.world_size == 1:
@@ -55,8 +46,13 @@ def make_store(placement: Placement, timeout: timedelta) -> dist.Store:
     return _connect(placement.address, placement.port, placement, timeout)
 
 
-def agree(store: dist.Store, placement: Placement, job_key: str | None, timeout: timedelta) -> Roster:
-    """Waits for all ranks and returns the same roster on each; refuses doubles and disagreements."""
+def agree(
+    store: dist.Store, placement: Placement, job_key: str | None, timeout: timedelta
+) -> tuple[str, ...]:
+    """Waits for all ranks and returns each one's host name; refuses doubles and disagreements on all ranks.
+
+    `job_key` is only compared: where none is set, the backend draws one for each group through its store.
+    """
     arrival = Arrival(
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -64,7 +60,7 @@ def agree(store: dist.Store, placement: Placement, job_key: str | None, timeout:
         key_digest=_digest(job_key),
     )
     if placement.world_size == 1:
-        return Roster(hosts=(arrival.host,), job_key=job_key or secrets.token_hex(32))
+        return (arrival.host,)
     if store.add(f"claim/{placement.rank}", 1) > 1:
         raise LaunchError(
             f"Another process has already joined as rank {placement.rank} of {placement.world_size}.",
@@ -73,7 +69,7 @@ def agree(store: dist.Store, placement: Placement, job_key: str | None, timeout:
         )
     store.set(f"arrival/{placement.rank}", json.dumps(asdict(arrival)))
     if placement.rank == 0:
-        store.set("roster", json.dumps(_call_roll(store, placement, job_key, timeout)))
+        store.set("roster", json.dumps(_call_roll(store, placement, timeout)))
     else:
         _wait(store, ["roster"], timeout + _ANSWER_MARGIN)
     answer = json.loads(store.get("roster"))
@@ -82,12 +78,10 @@ def agree(store: dist.Store, placement: Placement, job_key: str | None, timeout:
             _say_goodbye(store, placement, _ANSWER_MARGIN)
         raise SharedLaunchError(*answer["refusal"])
     _say_goodbye(store, placement, timeout)
-    return Roster(hosts=tuple(answer["hosts"]), job_key=job_key or answer["job_key"])
+    return tuple(answer["hosts"])
 
 
-def _call_roll(
-    store: dist.Store, placement: Placement, job_key: str | None, timeout: timedelta
-) -> dict[str, Any]:
+def _call_roll(store: dist.Store, placement: Placement, timeout: timedelta) -> dict[str, Any]:
     """Rank 0 reads every arrival and answers with the roster, or with the reason to refuse the job."""
     keys = [f"arrival/{rank}" for rank in range(placement.world_size)]
     try:
@@ -120,10 +114,7 @@ def _call_roll(
                     "Set MLSYS_JOB_KEY alike on all hosts, or unset it everywhere.",
                 )
             }
-    return {
-        "hosts": [arrival.host for arrival in arrivals],
-        "job_key": "" if job_key else secrets.token_hex(32),
-    }
+    return {"hosts": [arrival.host for arrival in arrivals]}
 
 
 def _say_goodbye(store: dist.Store, placement: Placement, timeout: timedelta) -> None:
