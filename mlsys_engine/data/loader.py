@@ -72,7 +72,14 @@ def _check_samplers(loader: DataLoader[Any]) -> None:
     if type(loader.batch_sampler) is not BatchSampler:
         raise _custom_sampler("batch_sampler", loader.batch_sampler)
     sampler: Any = loader.sampler
-    num_samples = len(loader.dataset)  # type: ignore[arg-type]
+    dataset: Any = loader.dataset
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"{type(dataset).__name__} has no length.",
+            "A map-style dataset says how many samples it has.",
+            "Give it a __len__ method.",
+        )
+    num_samples = len(dataset)
     if type(sampler) not in (SequentialSampler, RandomSampler):
         raise _custom_sampler("sampler", sampler)
     if len(sampler) != num_samples or getattr(sampler, "replacement", False):

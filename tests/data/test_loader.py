@@ -28,7 +28,13 @@ class OwnIteration(DataLoader[Any]):
         return iter(())
 
 
+class Lengthless:
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
 REFUSED = {
+    "a dataset without a length": (DataLoader(Lengthless(), batch_size=2), "Lengthless has no length"),  # type: ignore[arg-type]
     "a list of batches": ([1, 2], "list was given"),
     "a loader that iterates in its own way": (OwnIteration(DATASET, batch_size=2), "OwnIteration"),
     "no batch size": (DataLoader(DATASET, batch_size=None), "batch_size=None"),
