@@ -1,1 +1,1 @@
-
+"""The `mlsys` command: one file a subcommand, found through the table in main.py."""

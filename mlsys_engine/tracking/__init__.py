@@ -5,7 +5,7 @@ from mlsys_engine.tracking.metrics_log import MetricsLog, MetricsTable, read_met
 from mlsys_engine.tracking.picture import loss_picture
 from mlsys_engine.tracking.registry import TRACKERS, check_trackers, make_trackers
 from mlsys_engine.tracking.report import report_page
-from mlsys_engine.tracking.runs import RunRecord, find_run, list_runs, new_run_dir, read_run
+from mlsys_engine.tracking.runs import RunRecord, find_run, list_runs, new_run_dir, new_run_id, read_run
 
 __all__ = [
     "TRACKERS",
@@ -20,6 +20,7 @@ __all__ = [
     "loss_picture",
     "make_trackers",
     "new_run_dir",
+    "new_run_id",
     "read_metrics",
     "read_run",
     "report_page",

@@ -29,9 +29,9 @@ class LossCurves:
 def loss_curves(fields: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> LossCurves:
     """The curves of a run record (run.json's fields and the metrics rows).
 
-    The unit is bits per byte when the record tells how a loss in nats per token converts: by the number of
-    bytes a token stands for (`manifest.data.bytes_per_token`), or by a row that has the validation loss in
-    both units. Baselines of another unit are left out: a line at the wrong height would mislead.
+    The unit is bits per byte when a token is a byte (`manifest.data.unit` is "byte"), or when a row has the
+    validation loss in both units, which tells how they convert; otherwise it is the loss as logged. Baselines
+    of another unit are left out: a line at the wrong height would mislead.
     """
     factor = _bits_per_nat(fields, rows)
     unit = "loss" if factor is None else BITS
@@ -89,9 +89,8 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 def _bits_per_nat(fields: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> float | None:
     data = (fields.get("manifest") or {}).get("data") or {}
-    bytes_per_token = json_files.number(data.get("bytes_per_token"))
-    if bytes_per_token:
-        return 1.0 / (math.log(2.0) * bytes_per_token)
+    if data.get("unit") == "byte":
+        return 1.0 / math.log(2.0)
     for row in rows:
         nats, bits = row.get("val_loss"), row.get(f"val_{BITS}")
         if nats and bits and math.isfinite(nats) and math.isfinite(bits):

@@ -62,11 +62,16 @@ class RunRecord:
                 "warnings": list(self.warnings)}  # fmt: skip
 
 
+def new_run_id() -> str:
+    """A name for a run: it sorts by time (UTC, to the millisecond) and ends in random digits."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}-{secrets.token_hex(2)}"
+
+
 def new_run_dir(base: str | os.PathLike[str] = "runs") -> tuple[str, Path]:
-    """Creates an empty run folder below `base`; its name sorts by time of creation (UTC) and is unique."""
+    """Creates an empty run folder below `base` and gives its id, which is its name, and its path."""
     while True:
-        now = datetime.datetime.now(datetime.UTC)
-        run_id = f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}-{secrets.token_hex(2)}"
+        run_id = new_run_id()
         path = Path(base) / run_id
         try:
             path.mkdir(parents=True)

@@ -18,7 +18,7 @@ def _fields(**manifest: Any) -> dict[str, Any]:
 
 def test_byte_models_are_drawn_in_bits_per_byte_beside_their_baselines() -> None:
     rows = [{"step": 1, "loss": math.log(2.0) * 4}, {"step": 2, "val_loss": math.log(2.0) * 3}]
-    curves = loss_curves(_fields(data={"bytes_per_token": 1.0}), rows)
+    curves = loss_curves(_fields(data={"unit": "byte"}), rows)
     assert curves.unit == "bits per byte"
     assert curves.train == ((1, pytest.approx(4.0)),)
     assert curves.validation == ((2, pytest.approx(3.0)),)
@@ -38,7 +38,7 @@ def test_a_loss_of_unknown_unit_is_drawn_as_it_is_without_foreign_baselines() ->
 
 def test_the_picture_names_the_run_its_curves_and_its_ranks() -> None:
     rows = [{"step": step, "loss": 3.0} for step in range(1, 60)]
-    text = loss_picture(_fields(data={"bytes_per_token": 1}), [*rows, {"step": 59, "val_loss": 2.0}])
+    text = loss_picture(_fields(data={"unit": "byte"}), [*rows, {"step": 59, "val_loss": 2.0}])
     ElementTree.fromstring(text)
     for words in ("Loss of run r1", "training, smoothed", "validation", "bigram 3.5", "2 ranks on mlsys"):
         assert words in text

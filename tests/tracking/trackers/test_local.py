@@ -23,7 +23,7 @@ def _info(run_dir: Path, resumed_from_step: int | None = None, **code: Any) -> R
         plan_hash="00ff",
         manifest={
             "code": {"commit": "abc", "dirty": False, "diff": "", **code},
-            "data": {"fingerprint": "f0", "bytes_per_token": 1.0},
+            "data": {"fingerprint": "f0", "unit": "byte"},
             "config": {"steps": 4},
         },
         baselines=_BASELINES,
