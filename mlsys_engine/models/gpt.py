@@ -27,8 +27,8 @@ class GPTConfig:
     """The size of a GPT. The defaults are the byte-level model of the quickstart."""
 
     vocab_size: int = 256  # tokens in the vocabulary; 256 for bytes
-    context_length: int = 128  # longest input in tokens
-    num_layers: int = 4  # decoder blocks
+    context_length: int = 64  # longest input in tokens
+    num_layers: int = 2  # decoder blocks
     num_heads: int = 4  # attention heads a block
     width: int = 128  # features of the residual stream; a multiple of 2 * num_heads
     mlp_ratio: int = 4  # the MLP's inner width as a multiple of width

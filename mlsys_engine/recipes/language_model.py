@@ -23,10 +23,8 @@ def make_loaders(
     """
     count = min(training.eval_samples, len(validation))
     chosen = [int(index) for index in np.linspace(0, len(validation) - 1, count).round()]
-    generator = torch.Generator().manual_seed(training.seed)
-    train_loader = DataLoader(
-        train, batch_size=training.batch_size, shuffle=True, drop_last=True, generator=generator
-    )
+    # The order of the shuffle comes from the Trainer's seed.
+    train_loader = DataLoader(train, batch_size=training.batch_size, shuffle=True, drop_last=True)
     # Evaluation keeps nothing for a backward, so its batches may be larger.
     eval_loader = DataLoader(Subset(validation, chosen), batch_size=4 * training.batch_size)
     return train_loader, eval_loader, chosen

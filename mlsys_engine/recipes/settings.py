@@ -19,29 +19,29 @@ _COUNTS = ("steps", "batch_size", "accumulate", "eval_every", "eval_samples", "s
 class TrainingSettings:
     """How long and how to train; the defaults train the quickstart's model on two CPU cores."""
 
-    steps: int = 600
+    steps: int = 700
     """Optimizer steps."""
     batch_size: int = 32
     """Sequences in one optimizer step, over all ranks together."""
     accumulate: int = 1
     """Microbatches into which each rank cuts its share of a batch, to save memory."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """Highest learning rate of AdamW, after the warm-up."""
-    warmup_steps: int = 30
+    warmup_steps: int = 40
     """Steps in which the learning rate rises from zero."""
     final_lr_fraction: float = 0.05
     """Learning rate of the last step as a part of the highest; a cosine leads there."""
     weight_decay: float = 0.1
     """Decoupled weight decay of AdamW."""
-    beta2: float = 0.98
+    beta2: float = 0.95
     """Decay of AdamW's second moment in one step."""
     max_grad_norm: float | None = 1.0
     """Global 2-norm to which gradients are clipped; None leaves them alone."""
-    eval_every: int = 150
+    eval_every: int = 350
     """Steps from one evaluation to the next; one more comes at the end."""
-    eval_samples: int = 512
+    eval_samples: int = 4096
     """Validation sequences, spread over the whole of the validation data."""
-    save_every: int = 200
+    save_every: int = 350
     """Steps from one checkpoint to the next; one more is written at the end."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and dropout."""
