@@ -33,11 +33,27 @@ SimdLevel choose() {
                               " names no instruction set. Expected scalar, avx2 or avx512.");
 }
 
+bool choose_prefetch() {
+  const char* wanted = std::getenv("MLSYS_PREFETCH");
+  if (wanted != nullptr && *wanted != '\0') return *wanted != '0';
+#if MLSYS_HAS_X86_LEVELS
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 SimdLevel simd_level() {
   static const SimdLevel level = choose();
   return level;
+}
+
+bool prefetch_pays() {
+  static const bool pays = choose_prefetch();
+  return pays;
 }
 
 const char* name_of(SimdLevel level) {

@@ -1,0 +1,69 @@
+// torch.ops.mlsys.* for the optimizers, CPU: checks the tensors, then hands raw pointers to csrc/optim.
+//
+// The operators take addresses in a table, not lists of tensors: unpacking a list costs over a microsecond a
+// tensor, more than stepping a thousand elements. mlsys_engine/optim/segments.py owns the tables, checks and
+// keeps alive every tensor behind an address, and bumps the version counters that a schema with tensors would
+// have bumped.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "bindings/kernels/checks.h"
+#include "optim/launch.h"
+#include "optim/step.h"
+
+namespace mlsys::bindings {
+namespace {
+
+void torch_pool(int64_t num_tasks, int64_t grain, ParallelBody body, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, num_tasks, grain, body, context));
+}
+
+template <void (*step)(const StepArguments&)>
+void step_table(const Tensor& table, const Tensor& hyper, const Tensor& steps, double grad_scale) {
+  check_flat(table, ScalarType::Long, "step", "table");
+  check_flat(hyper, ScalarType::Double, "step", "hyper");
+  check_flat(steps, ScalarType::Float, "step", "steps");
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kSegmentColumns && hyper.dim() == 2 &&
+                      hyper.size(1) == kHyperColumns,
+                  "step: table is ", describe(table), " and hyper is ", describe(hyper), ". [segments, ",
+                  kSegmentColumns, "] and [rows, ", kHyperColumns,
+                  "] are expected. Build them with mlsys_engine.optim.segments.");
+  const auto* segments = static_cast<const Segment*>(table.const_data_ptr());
+  const int64_t num_segments = table.size(0);
+  for (int64_t i = 0; i < num_segments; ++i) {
+    STD_TORCH_CHECK(segments[i].hyper_row >= 0 && segments[i].hyper_row < hyper.size(0) &&
+                        segments[i].step_index >= 0 && segments[i].step_index < steps.numel(),
+                    "step: segment ", i, " names hyper row ", segments[i].hyper_row, " and step ",
+                    segments[i].step_index, ". There are ", hyper.size(0), " rows and ", steps.numel(),
+                    " steps. Build the table with mlsys_engine.optim.segments.");
+  }
+  step({segments, num_segments, static_cast<const double*>(hyper.const_data_ptr()),
+        static_cast<const float*>(steps.const_data_ptr()), grad_scale, torch_pool});
+}
+
+// `spans` is int64 [n, 2]: address and length of float32 arrays, FloatSpan in memory.
+void sum_of_squares_cpu(const Tensor& spans, const Tensor& out) {
+  check_spans(spans, out, /*on_cpu=*/true);
+  *static_cast<double*>(out.mutable_data_ptr()) =
+      sum_of_squares(static_cast<const FloatSpan*>(spans.const_data_ptr()), spans.size(0), torch_pool);
+}
+
+}  // namespace
+}  // namespace mlsys::bindings
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mlsys, m) {
+  m.def("sum_of_squares(Tensor spans, Tensor(a!) out) -> ()");
+  m.def("adamw_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
+  m.def("sgd_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
+  m.def("stream_probe_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mlsys, CPU, m) {
+  using namespace mlsys;
+  using namespace mlsys::bindings;
+  m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares_cpu));
+  m.impl("adamw_step", TORCH_BOX(&step_table<adamw_step>));
+  m.impl("sgd_step", TORCH_BOX(&step_table<sgd_step>));
+  m.impl("stream_probe_step", TORCH_BOX(&step_table<stream_probe_step>));
+}

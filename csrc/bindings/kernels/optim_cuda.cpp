@@ -1,0 +1,69 @@
+// torch.ops.mlsys.* for the optimizers, CUDA. Compiled when torch has CUDA and nvcc exists (USE_CUDA).
+#ifdef USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "bindings/kernels/checks.h"
+#include "optim/launch.h"
+
+// Weak, so that a library built with CUDA still loads under a torch without it; the kernels are then never
+// called.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace mlsys::bindings {
+namespace {
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+// Everything is on the device, `total_chunks` included in the host's call because the grid depends on it.
+template <void (*step)(const cuda::StepLaunch&)>
+void step_table_cuda(const Tensor& table, const Tensor& hyper, const Tensor& steps, const Tensor& control,
+                     int64_t total_chunks) {
+  check_flat(table, ScalarType::Long, "step", "table", /*on_cpu=*/false);
+  check_flat(hyper, ScalarType::Double, "step", "hyper", /*on_cpu=*/false);
+  check_flat(steps, ScalarType::Float, "step", "steps", /*on_cpu=*/false);
+  check_flat(control, ScalarType::Double, "step", "control", /*on_cpu=*/false);
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kSegmentColumns && hyper.dim() == 2 &&
+                      hyper.size(1) == kHyperColumns && control.numel() == 2,
+                  "step: table is ", describe(table), ", hyper is ", describe(hyper), ", control is ",
+                  describe(control), ". [segments, ", kSegmentColumns, "], [rows, ", kHyperColumns,
+                  "] and [2] are expected. Build them with mlsys_engine.optim.segments.");
+  step({static_cast<const Segment*>(table.const_data_ptr()), table.size(0), total_chunks,
+        static_cast<const double*>(hyper.const_data_ptr()), static_cast<const float*>(steps.const_data_ptr()),
+        static_cast<const double*>(control.const_data_ptr()), current_stream(table)});
+}
+
+// `spans` is on the CPU (its rows travel in the kernel's arguments), the arrays and `out` are on the device.
+void sum_of_squares_cuda(const Tensor& spans, const Tensor& out) {
+  check_spans(spans, out, /*on_cpu=*/false);
+  const auto* arrays = static_cast<const FloatSpan*>(spans.const_data_ptr());
+  const int64_t count = spans.size(0);
+  Tensor partials = torch::stable::empty({cuda::num_partials(arrays, count)}, ScalarType::Double,
+                                         std::nullopt, out.device());
+  cuda::sum_of_squares(arrays, count, static_cast<double*>(partials.mutable_data_ptr()),
+                       static_cast<double*>(out.mutable_data_ptr()), current_stream(out));
+}
+
+}  // namespace
+}  // namespace mlsys::bindings
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mlsys, m) {
+  m.def(
+      "adamw_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
+  m.def("sgd_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mlsys, CUDA, m) {
+  using namespace mlsys;
+  using namespace mlsys::bindings;
+  m.impl("adamw_step.device", TORCH_BOX(&step_table_cuda<cuda::adamw_step>));
+  m.impl("sgd_step.device", TORCH_BOX(&step_table_cuda<cuda::sgd_step>));
+  m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares_cuda));
+}
+#endif  // USE_CUDA

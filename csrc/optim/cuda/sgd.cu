@@ -1,0 +1,9 @@
+// Instantiates SGD for CUDA.
+#include "optim/cuda/step.cuh"
+#include "optim/rules/sgd.h"
+
+namespace mlsys::cuda {
+
+void sgd_step(const StepLaunch& launch) { launch_step<MomentumSgd, PlainSgd>(launch, "sgd_step"); }
+
+}  // namespace mlsys::cuda

@@ -1,0 +1,87 @@
+// Sum of squares on CUDA, in double, in an order that depends on the lengths alone: deterministic on every
+// GPU.
+//
+// Arrays travel in the kernel's arguments, kSpansPerLaunch at a time, so no table is copied to the device and
+// the launches can be captured. One block sums one chunk into one partial by a binary tree over its threads;
+// a last launch of one block adds the partials, thread t taking partials t, t + kThreads, ... in turn, then
+// the same tree. Inf gives inf, nan gives nan. The CPU adds in another order, so the two agree to about
+// 1e-15, not in bits.
+#include "optim/cuda/step.cuh"
+
+namespace mlsys::cuda {
+namespace {
+
+constexpr int kSpansPerLaunch = 128;
+
+struct SpanBatch {
+  FloatSpan spans[kSpansPerLaunch];
+  int64_t first_chunk[kSpansPerLaunch + 1];
+  int num_spans;
+};
+
+// Every thread of the block calls it; the sum is valid in thread 0.
+__device__ double block_sum(double value) {
+  __shared__ double lanes[kThreads];
+  lanes[threadIdx.x] = value;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) lanes[threadIdx.x] += lanes[threadIdx.x + width];
+  }
+  return lanes[0];
+}
+
+__global__ void __launch_bounds__(kThreads) chunk_sums(SpanBatch batch, double* partials) {
+  const int64_t chunk = blockIdx.x;
+  int span = 0;
+  while (span + 1 < batch.num_spans && batch.first_chunk[span + 1] <= chunk) ++span;
+  const FloatSpan source = batch.spans[span];
+  const int64_t begin = (chunk - batch.first_chunk[span]) * kChunkElements;
+  const int64_t end = begin + kChunkElements < source.numel ? begin + kChunkElements : source.numel;
+  double sum = 0.0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    const double value = source.data[i];
+    sum += value * value;
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) partials[chunk] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    add_partials(const double* partials, int64_t count, double* result) {
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partials[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *result = sum;
+}
+
+}  // namespace
+
+int64_t num_partials(const FloatSpan* spans, int64_t num_spans) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_spans; ++i) total += num_chunks(spans[i].numel);
+  return total;
+}
+
+void sum_of_squares(const FloatSpan* spans, int64_t num_spans, double* partials, double* result,
+                    void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  int64_t written = 0;
+  for (int64_t i = 0; i < num_spans;) {
+    SpanBatch batch{};
+    for (; i < num_spans && batch.num_spans < kSpansPerLaunch; ++i) {
+      if (spans[i].numel == 0) continue;
+      const int slot = batch.num_spans++;
+      batch.spans[slot] = spans[i];
+      batch.first_chunk[slot + 1] = batch.first_chunk[slot] + num_chunks(spans[i].numel);
+    }
+    const int64_t chunks = batch.first_chunk[batch.num_spans];
+    if (chunks == 0) continue;
+    chunk_sums<<<static_cast<unsigned>(chunks), kThreads, 0, cuda_stream>>>(batch, partials + written);
+    check_launch("sum_of_squares");
+    written += chunks;
+  }
+  add_partials<<<1, kThreads, 0, cuda_stream>>>(partials, written, result);
+  check_launch("sum_of_squares");
+}
+
+}  // namespace mlsys::cuda

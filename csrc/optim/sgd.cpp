@@ -1,0 +1,11 @@
+// Instantiates SGD for the CPU. Groups with and without momentum may share one table.
+#include "optim/rules/sgd.h"
+
+#include "optim/launch.h"
+#include "optim/step.h"
+
+namespace mlsys {
+
+void sgd_step(const StepArguments& args) { step_segments<MomentumSgd, PlainSgd>(args); }
+
+}  // namespace mlsys

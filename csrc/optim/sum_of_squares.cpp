@@ -1,0 +1,65 @@
+// Sum of squares in double over many float arrays: the norm pass before a clipped step, and the inf/nan test.
+//
+// Order, which alone decides the bits: each array is cut into chunks of kChunkElements from its own start;
+// inside a chunk, lane j of kLanes adds the squares of elements j, j + kLanes, ... in turn; lanes are added
+// in a binary tree; chunk sums are added one after another, array by array. So the result depends on neither
+// threads nor instruction set, nor on whether the arrays lie in one arena. The square of a float is exact in
+// double and cannot overflow there; inf gives inf, nan gives nan. Reference: reference.py; test:
+// tests/optim/test_sum_of_squares.py.
+#include <algorithm>
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/simd_dispatch.h"
+#include "optim/launch.h"
+
+namespace mlsys {
+namespace {
+
+constexpr int kLanes = 32;
+
+struct ChunkSum {
+  MLSYS_INLINE void operator()(const float* __restrict data, int64_t count, double* result) const {
+    double lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) {
+        const double value = data[i + j];
+        lanes[j] += value * value;
+      }
+    }
+    for (int j = 0; i < count; ++i, ++j) lanes[j] += static_cast<double>(data[i]) * data[i];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+    }
+    *result = lanes[0];
+  }
+};
+
+struct Chunk {
+  const float* data;
+  int64_t count;
+};
+
+}  // namespace
+
+double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor pool) {
+  std::vector<Chunk> chunks;
+  chunks.reserve(static_cast<size_t>(num_spans));
+  for (int64_t i = 0; i < num_spans; ++i) {
+    for (int64_t begin = 0; begin < spans[i].numel; begin += kChunkElements) {
+      chunks.push_back({spans[i].data + begin, std::min(kChunkElements, spans[i].numel - begin)});
+    }
+  }
+  std::vector<double> partials(chunks.size());
+  const SimdLevel level = simd_level();
+  parallel_for(pool, static_cast<int64_t>(chunks.size()), 8, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      run_simd(level, ChunkSum{}, chunks[i].data, chunks[i].count, &partials[i]);
+  });
+  double sum = 0.0;
+  for (double partial : partials) sum += partial;
+  return sum;
+}
+
+}  // namespace mlsys

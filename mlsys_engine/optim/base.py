@@ -1,0 +1,204 @@
+"""NativeOptimizer: a torch.optim.Optimizer whose step is one native call over a segment table."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.memory.flat_arena import FlatArena
+from mlsys_engine.optim import norms
+from mlsys_engine.optim.adopted import AdoptedArena
+from mlsys_engine.optim.checks import check_parameter
+from mlsys_engine.optim.kernels import is_native
+from mlsys_engine.optim.plan import StepPlan
+from mlsys_engine.optim.state import StepCounts, ensure_state
+
+Group = dict[str, Any]
+
+
+class NativeOptimizer(torch.optim.Optimizer):
+    """Base of the native optimizers; drop-in for torch's: same options, hooks, state and semantics.
+
+    Beyond torch: `adopt` (flat arenas), `sum_of_squares` and `step_scaled` (norm and clipped step in two
+    sweeps). Parameters whose `.grad` is None are left alone. A rule is a subclass with the members marked
+    "rule" below, one file in csrc/optim/rules and one line in registry.py.
+    """
+
+    rule: ClassVar[str]  # rule: the native operator is torch.ops.mlsys.<rule>_step
+    counts_steps: ClassVar[bool]  # rule: whether state[p]["step"] exists, as in torch's own state
+    defaults: Group
+
+    # Caches, rebuilt on demand: torch's pickling and deepcopy carry defaults, state and groups only.
+    _plan: StepPlan | None = None
+    _steps: StepCounts | None = None
+    _adopted: tuple[AdoptedArena, ...] = ()
+    _announced: bool = False
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        self.check_group(defaults)
+        super().__init__(
+            params if isinstance(params, Tensor) else _listed(params, type(self).__name__), defaults
+        )
+
+    # ---- what a rule defines
+
+    @abstractmethod
+    def moment_names(self, group: Group) -> tuple[str, ...]:
+        """Rule: keys of the moments that this group needs now, in the order of the kernel's states."""
+
+    @abstractmethod
+    def hyper_row(self, group: Group) -> tuple[float | Tensor, ...]:
+        """Rule: this group's row of the hyper-parameter table, in the order of the rule's `enum Hyper`."""
+
+    @abstractmethod
+    def check_group(self, group: Group) -> None:
+        """Rule: raises ConfigError for hyper-parameters that cannot work."""
+
+    @abstractmethod
+    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
+        """Rule: torch's own fastest step on self.state, for devices that have no native kernels.
+
+        `fresh` tells of each parameter whether this is its first step.
+        """
+
+    # ---- torch.optim.Optimizer
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, as torch's: calls `closure` with gradients enabled, if given, and returns its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._advance(1.0, False)
+        return loss
+
+    @torch.optim.Optimizer.profile_hook_step
+    def step_scaled(self, *, grad_scale: float | Tensor = 1.0, skip: bool | Tensor = False) -> None:
+        """The step with gradients multiplied by `grad_scale` as they are read (they are not changed).
+
+        With `skip` nothing happens at all: no decay, no momentum, no step count. Scalars on the parameters'
+        own device are not waited for.
+        """
+        self._advance(grad_scale, skip)
+        self._opt_called = True  # what torch's schedulers look at to see that a step came before them
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group, as torch's, after checking its parameters and hyper-parameters."""
+        if isinstance(param_group, dict) and "params" in param_group:
+            given = param_group["params"]
+            if not isinstance(given, Tensor | set):
+                param_group["params"] = given = list(given)
+            index = len(self.param_groups)
+            for position, item in enumerate([given] if isinstance(given, Tensor) else given):
+                name, parameter = item if isinstance(item, tuple) else (None, item)
+                if isinstance(parameter, Tensor):
+                    check_parameter(parameter, name or f"Parameter {position} of group {index}")
+            self.check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads our own or torch's state; with adopted arenas the values are copied into them."""
+        for group in state_dict["param_groups"]:
+            self.check_group({**self.defaults, **group})
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        if self._adopted:
+            params = self._parameters()
+            ensure_state(self, params, [position for position, p in enumerate(params) if self.state.get(p)])
+
+    # ---- beyond torch
+
+    def adopt(self, params: FlatArena, grads: FlatArena) -> None:
+        """Tells that parameters are views of `params` and gradients of `grads`; call it before stepping.
+
+        Moments move to arenas of the same layout, and neighbouring slots become one segment. A slot's name is
+        its parameter's name; nameless parameters are found by address. Slots of nobody here are left alone.
+        """
+        arena = AdoptedArena(params, grads)
+        arena.claim(self._parameters(), self._names())
+        self._adopted = (*self._adopted, arena)
+        self._plan = None
+
+    @torch.no_grad()
+    def sum_of_squares(self) -> Tensor:
+        """The sum of squares of all present gradients, a float64 tensor without dimensions.
+
+        Same bits for any number of threads, and for loose parameters and arenas. Inf and nan propagate, so
+        `isfinite` of it tests all gradients at once.
+        """
+        return norms.sum_of_squares([p.grad for p in self._parameters() if p.grad is not None])
+
+    # ---- the step
+
+    @torch.no_grad()
+    def _advance(self, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
+        if not isinstance(skip, Tensor) or skip.device.type == "cpu":
+            if bool(skip):
+                return
+            skip = False
+        params = self._parameters()
+        grads = [parameter.grad for parameter in params]
+        missing = [grad is None for grad in grads]
+        plan = self._plan
+        if plan is None or not plan.is_current(self, params, missing):
+            self._announce(params)
+            plan = self._plan = StepPlan(self, params, missing)
+        plan.run(self, [grad for grad in grads if grad is not None], grad_scale, skip)
+
+    def _announce(self, params: list[Tensor]) -> None:
+        strangers = {parameter.device for parameter in params if not is_native(parameter.device)}
+        if strangers and not self._announced:
+            warnings.warn(
+                f"{type(self).__name__} has no native kernels for {', '.join(map(str, strangers))} in "
+                "this build: torch's own implementation steps those parameters.",
+                stacklevel=5,
+            )
+            self._announced = True
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _names(self) -> dict[Tensor, str]:
+        return {
+            parameter: name
+            for group in self.param_groups
+            for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The parameter's name, or its place when it was given without one; for messages."""
+        for number, group in enumerate(self.param_groups):
+            for position, candidate in enumerate(group["params"]):
+                if candidate is parameter:
+                    names = group.get("param_names")
+                    return names[position] if names else f"parameter {position} of group {number}"
+        return "a parameter"
+
+
+def _listed(params: Iterable[Any], optimizer: str) -> list[Any]:
+    listed = list(params)
+    groups = [group for group in listed if isinstance(group, dict)]
+    for group in groups:
+        if "params" in group and not isinstance(group["params"], Tensor | set):
+            group["params"] = list(group["params"])
+    if not listed or (len(groups) == len(listed) and all(_is_empty(group) for group in groups)):
+        raise ConfigError(
+            f"{optimizer}: optimizer without parameters.",
+            "At least one parameter is expected.",
+            "Pass model.parameters(), and check that some of them require gradients.",
+        )
+    return listed
+
+
+def _is_empty(group: Group) -> bool:
+    given = group.get("params", ())
+    return not isinstance(given, Tensor) and len(given) == 0

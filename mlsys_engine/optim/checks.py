@@ -1,0 +1,94 @@
+"""Refuses hyper-parameters, parameters and gradients that cannot work: given, expected, action."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlsys_engine.errors import ConfigError
+
+
+def check_range(name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
+    """`value` (a number or a one-element tensor) must be in [low, below)."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ConfigError(
+            f"{name} is a tensor of shape {tuple(value.shape)}.",
+            "One element is expected.",
+            f"Pass a number, or torch.tensor({name}).",
+        )
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return  # reading it would wait for the device
+    number = float(value)
+    if not low <= number < below:  # also false for nan
+        upper = "" if below == math.inf else f" and below {below:g}"
+        raise ConfigError(
+            f"{name}={number:g} was given.",
+            f"A number of at least {low:g}{upper} is expected.",
+            f"Choose {name} in that range.",
+        )
+
+
+def check_flag_is_off(group: dict[str, Any], name: str, action: str) -> None:
+    """A switch of torch's optimizers that the native ones do not have must be off."""
+    if group.get(name):
+        raise ConfigError(f"{name}={group[name]} is set.", "The native optimizer does not have it.", action)
+
+
+def check_parameter(parameter: Tensor, name: str) -> None:
+    """Called for every parameter that joins an optimizer."""
+    if hasattr(parameter, "to_local"):
+        raise ConfigError(
+            f"{name} is a {type(parameter).__name__}, sharded over ranks.",
+            "The native optimizers step plain tensors.",
+            "Use mls.DataParallel to shard, or torch.optim for this model.",
+        )
+    if parameter.layout != torch.strided:
+        raise ConfigError(
+            f"{name} is {parameter.layout}.",
+            "Dense parameters are expected.",
+            "Build the layer with sparse=False, or use torch.optim.SparseAdam for it.",
+        )
+    if parameter.is_complex():
+        raise ConfigError(
+            f"{name} is complex ({_short(parameter.dtype)}).",
+            "Real parameters are expected.",
+            "Optimise torch.view_as_real(parameter), or use torch.optim for it.",
+        )
+    if parameter.dtype != torch.float32:
+        raise ConfigError(
+            f"{name} is {_short(parameter.dtype)}.",
+            "float32 parameters are expected.",
+            "Keep the model in float32 and run its forward under torch.autocast, or use torch.optim.",
+        )
+
+
+def check_gradient(gradient: Tensor, parameter: Tensor, name: str) -> None:
+    """Called for a gradient whose layout differs from its parameter's, to say why it cannot be used."""
+    if gradient.layout != torch.strided:
+        raise ConfigError(
+            f"The gradient of {name} is {gradient.layout}.",
+            "Dense gradients are expected.",
+            "Build the embedding with sparse=False, or use torch.optim.SparseAdam for it.",
+        )
+    if (
+        gradient.dtype != torch.float32
+        or gradient.device != parameter.device
+        or gradient.shape != parameter.shape
+    ):
+        raise ConfigError(
+            f"The gradient of {name} is {describe(gradient)}.",
+            f"{describe(parameter)} is expected, like the parameter.",
+            "Convert it before step().",
+        )
+
+
+def describe(tensor: Tensor) -> str:
+    """Type, shape and device of a tensor, for messages."""
+    return f"{_short(tensor.dtype)} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

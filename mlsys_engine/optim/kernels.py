@@ -1,0 +1,44 @@
+"""The native operators of the optimizers, loaded at the first use, with shapes for tracing ("fakes")."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlsys_engine.native import build_info, load_kernels
+
+SEGMENT_COLUMNS = (
+    8  # csrc/optim/segment.h: param, grad, state 0, state 1, numel, first chunk, hyper row, step
+)
+CHUNK_ELEMENTS = 4096
+HYPER_COLUMNS = 8
+
+
+@functools.cache
+def operators() -> Any:
+    """`torch.ops.mlsys`, loaded. Raises NativeBuildError with what to type when it is not built."""
+    load_kernels()
+    torch.library.register_fake("mlsys::cast", _fake_cast)
+    torch.library.register_fake("mlsys::sum_of_squares", _fake_sum_of_squares)
+    return torch.ops.mlsys
+
+
+def step_operator(rule: str) -> Any:
+    """The operator that steps a segment table by `rule`."""
+    return getattr(operators(), f"{rule}_step")
+
+
+def is_native(device: torch.device) -> bool:
+    """Whether our kernels run on this device; if not, torch's own implementation does."""
+    return device.type == "cpu" or (device.type == "cuda" and build_info().cuda_kernels)
+
+
+def _fake_cast(input: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(input, dtype=dtype)
+
+
+def _fake_sum_of_squares(spans: Tensor, out: Tensor) -> None:
+    return None

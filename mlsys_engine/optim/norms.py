@@ -1,0 +1,63 @@
+"""The norm pass: one sweep over the gradients before a step that clips as it reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlsys_engine.optim.kernels import is_native, operators
+from mlsys_engine.optim.segments import is_dense
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of squares of float32 tensors in float64, without dimensions; zero for none. The order is fixed.
+
+    Tensors on several devices are summed on each, then on the first one's device.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    sums = [_on_device(device, members) for device, members in by_device.items()]
+    if not sums:
+        return torch.zeros((), dtype=torch.float64)
+    total = sums[0]
+    for other in sums[1:]:
+        total = total + other.to(total.device)
+    return total
+
+
+def clip_scale(sum_of_squares: Tensor, max_norm: float) -> Tensor:
+    """What to multiply gradients by so that their norm is at most `max_norm`, as clip_grad_norm_ does.
+
+    A 0-d tensor on the same device; pass it to `step_scaled(grad_scale=...)`. With a norm that is nan it is
+    nan.
+    """
+    return (max_norm / (sum_of_squares.sqrt() + 1e-6)).clamp(max=1.0)
+
+
+def _on_device(device: torch.device, tensors: list[Tensor]) -> Tensor:
+    if not is_native(device) or not all(tensor.dtype is torch.float32 for tensor in tensors):
+        dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+        return torch.stack(torch._foreach_norm(dense, 2, torch.float64)).square().sum()
+    spans, held = [], []
+    for (
+        tensor
+    ) in tensors:  # one pass: with thousands of tensors fetching each object from memory is what costs
+        if not tensor.is_contiguous():
+            tensor = _flat(tensor)  # noqa: PLW2901
+            held.append(tensor)  # may be a copy: it must outlive the call below
+        spans.append(tensor.data_ptr())
+        spans.append(tensor.numel())
+    out = torch.empty((), dtype=torch.float64, device=device)
+    operators().sum_of_squares(torch.tensor(spans, dtype=torch.int64).view(-1, 2), out)
+    del held
+    return out
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements of a tensor with unusual strides: a view where its memory has no gaps, else a copy."""
+    if tensor.is_sparse:
+        return tensor.coalesce().values().contiguous()
+    return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.contiguous()

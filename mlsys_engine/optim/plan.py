@@ -1,0 +1,80 @@
+"""A StepPlan: everything about a step that stays the same until parameters, groups or state change."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mlsys_engine.optim.device_steps import make_device_step
+from mlsys_engine.optim.state import ensure_state
+
+if TYPE_CHECKING:
+    from mlsys_engine.optim.base import NativeOptimizer
+
+
+class StepPlan:
+    """Which parameters step, on which device, from which segment tables."""
+
+    def __init__(self, optimizer: NativeOptimizer, params: list[Tensor], missing: list[bool]) -> None:
+        from_device: dict[torch.device, list[int]] = {}
+        positions = [position for position, is_missing in enumerate(missing) if not is_missing]
+        for index, position in enumerate(positions):
+            from_device.setdefault(params[position].device, []).append(index)
+        rows = ensure_state(optimizer, params, positions)
+        self._parts = [
+            (
+                indices if len(from_device) > 1 else None,
+                make_device_step(optimizer, device, [rows[index] for index in indices]),
+            )
+            for device, indices in from_device.items()
+        ]
+        self._params, self._missing = params, missing
+        self._shape = _shape_of_groups(optimizer)
+        self._adopted = optimizer._adopted
+        self._state = optimizer.state
+        self._states = list(optimizer.state.values())
+        self._keys = [
+            *(("step",) if optimizer.counts_steps else ()),
+            *sorted({n for _, ns in self._shape for n in ns}),
+        ]
+        self._tensors = {key: [state.get(key) for state in self._states] for key in self._keys}
+
+    def is_current(self, optimizer: NativeOptimizer, params: list[Tensor], missing: list[bool]) -> bool:
+        """Whether the same parameters step, in the same groups, with the same state at the same places."""
+        return (
+            missing == self._missing
+            and _same(params, self._params)
+            and _shape_of_groups(optimizer) == self._shape
+            and optimizer._adopted is self._adopted
+            and optimizer.state is self._state
+            and _same(list(optimizer.state.values()), self._states)
+            and all(
+                _same([state.get(key) for state in self._states], self._tensors[key]) for key in self._keys
+            )
+            and all(part.is_current() for _, part in self._parts)
+        )
+
+    def run(
+        self,
+        optimizer: NativeOptimizer,
+        gradients: list[Tensor],
+        grad_scale: float | Tensor,
+        skip: bool | Tensor,
+    ) -> None:
+        """Steps all parameters; `gradients` are those of the present ones, in order."""
+        for indices, part in self._parts:
+            part.bind(gradients if indices is None else [gradients[index] for index in indices])
+        for _, part in self._parts:
+            part.run(optimizer, grad_scale, skip)
+
+
+def _shape_of_groups(optimizer: NativeOptimizer) -> list[tuple[int, tuple[str, ...]]]:
+    return [(len(group["params"]), optimizer.moment_names(group)) for group in optimizer.param_groups]
+
+
+def _same(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(map(operator.is_, left, right))

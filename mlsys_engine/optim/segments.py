@@ -1,0 +1,195 @@
+"""Segment tables: the addresses, lengths and hyper-parameter rows that one native step works on.
+
+A table is cached from step to step. Before each use the addresses behind it are compared with the tensors'
+present ones, so replaced parameters, moments or gradients are noticed, and a stale address is never followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlsys_engine.optim.adopted import AdoptedArena
+from mlsys_engine.optim.checks import check_gradient
+from mlsys_engine.optim.kernels import CHUNK_ELEMENTS, SEGMENT_COLUMNS
+
+GRAD_COLUMN, FIRST_STATE_COLUMN, NUMEL_COLUMN, CHUNK_COLUMN = 1, 2, 4, 5
+MAX_STATES = 2
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One parameter that takes part in a step."""
+
+    parameter: Tensor
+    moments: tuple[Tensor, ...]
+    group: int  # row of the hyper-parameter table
+    step_index: int  # element of the step counts: the parameter's position in the optimizer
+    step: float  # its value now: rows of one segment must agree
+
+
+class LooseSegments:
+    """One segment a parameter; the gradients may lie elsewhere at every step."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        # The kernel walks flat memory. A parameter with gaps or repeats (an expanded or strided view) is
+        # stepped through a contiguous copy.
+        self._staged = [
+            (row.parameter, torch.empty(row.parameter.shape, device=row.parameter.device))
+            for row in rows
+            if not is_dense(row.parameter)
+        ]
+        copies = {id(parameter): copy for parameter, copy in self._staged}
+        self._flat = [copies.get(id(row.parameter), row.parameter) for row in rows]
+        self._strides = list(map(Tensor.stride, self._flat))
+        self.table = torch.zeros(len(rows), SEGMENT_COLUMNS, dtype=torch.int64)
+        self._watched = _watched(rows)
+        self._addresses = list(map(Tensor.data_ptr, self._watched))
+        self.table[:, 0] = torch.tensor(list(map(Tensor.data_ptr, self._flat)))
+        for state in range(MAX_STATES):
+            addresses = [row.moments[state].data_ptr() if state < len(row.moments) else 0 for row in rows]
+            self.table[:, FIRST_STATE_COLUMN + state] = torch.tensor(addresses)
+        fill_lengths(
+            self.table,
+            list(map(Tensor.numel, self._flat)),
+            [row.group for row in rows],
+            [row.step_index for row in rows],
+        )
+
+    def is_current(self) -> bool:
+        """Whether every parameter and moment still lies where the table says."""
+        return list(map(Tensor.data_ptr, self._watched)) == self._addresses
+
+    def bind(self, gradients: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
+        """Writes the gradients' addresses; gradients of another layout are replaced in the list by copies."""
+        if not self._all_match(gradients):
+            for index, (row, flat, gradient) in enumerate(zip(self.rows, self._flat, gradients, strict=True)):
+                check_gradient(gradient, row.parameter, name_of(row.parameter))
+                if gradient.stride() != flat.stride():
+                    gradients[index] = torch.empty_like(flat).copy_(gradient)
+        self.table[:, GRAD_COLUMN] = torch.tensor(list(map(Tensor.data_ptr, gradients)))
+
+    def _all_match(self, gradients: list[Tensor]) -> bool:
+        # Complete, though cheap: torch itself holds a gradient to its parameter's shape and device. One pass,
+        # since with thousands of tensors fetching each object from memory is what costs.
+        try:
+            for gradient, stride in zip(gradients, self._strides, strict=True):
+                if gradient.stride() != stride or gradient.dtype is not torch.float32:
+                    return False
+        except RuntimeError:  # a sparse gradient has no strides
+            return False
+        return True
+
+    def load_staged(self) -> None:
+        for parameter, copy in self._staged:
+            copy.copy_(parameter)
+
+    def store_staged(self) -> None:
+        for parameter, copy in self._staged:
+            parameter.copy_(copy)
+
+
+class ArenaSegments:
+    """Runs of neighbouring slots of adopted arenas, each one segment; a whole arena when nothing divides it.
+
+    The padding between slots is stepped along with them: it is zero everywhere and stays zero.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        arena_of: Callable[[Tensor], AdoptedArena],
+        moment_names: Sequence[Sequence[str]],
+    ) -> None:
+        self.rows = rows
+        placed = [(arena_of(row.parameter), row) for row in rows]
+        self._expected = [arena.grads.view(arena.slot(row.parameter)).data_ptr() for arena, row in placed]
+        self._watched = _watched(rows)
+        self._addresses = list(map(Tensor.data_ptr, self._watched))
+        arenas = {id(arena): number for number, (arena, _) in enumerate(placed)}
+        placed.sort(key=lambda pair: (arenas[id(pair[0])], pair[0].order[pair[1].parameter]))
+        runs: list[list[tuple[AdoptedArena, Row]]] = []
+        for arena, row in placed:
+            if runs and _continues(runs[-1][-1], (arena, row)):
+                runs[-1].append((arena, row))
+            else:
+                runs.append([(arena, row)])
+        self.table = torch.zeros(len(runs), SEGMENT_COLUMNS, dtype=torch.int64)
+        lengths = []
+        for index, run in enumerate(runs):
+            arena, first = run[0]
+            begin, end = arena.slot(first.parameter).offset, arena.slot(run[-1][1].parameter).end
+            homes = [arena.params, arena.grads, *(arena.moments(name) for name in moment_names[first.group])]
+            for column, home in enumerate(homes):
+                self.table[index, column] = home.data.data_ptr() + begin * FLOAT_BYTES
+            lengths.append(end - begin)
+        fill_lengths(
+            self.table, lengths, [run[0][1].group for run in runs], [run[0][1].step_index for run in runs]
+        )
+
+    def is_current(self) -> bool:
+        """Whether every parameter and moment is still its view of the arenas."""
+        return list(map(Tensor.data_ptr, self._watched)) == self._addresses
+
+    def bind(self, gradients: list[Tensor]) -> bool:
+        """Whether all gradients are the arenas' views; if not, they must be stepped as loose ones."""
+        return list(map(Tensor.data_ptr, gradients)) == self._expected
+
+    def load_staged(self) -> None:
+        """Nothing: slots are contiguous."""
+
+    def store_staged(self) -> None:
+        """Nothing: slots are contiguous."""
+
+
+Segments = LooseSegments | ArenaSegments
+
+
+def fill_lengths(table: Tensor, lengths: Sequence[int], groups: Sequence[int], steps: Sequence[int]) -> None:
+    """Fills the columns after the addresses. Chunks count up through the table (csrc/optim/segment.h)."""
+    numel = torch.tensor(lengths, dtype=torch.int64)
+    chunks = (numel + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS
+    table[:, NUMEL_COLUMN] = numel
+    table[:, CHUNK_COLUMN] = chunks.cumsum(0) - chunks
+    table[:, CHUNK_COLUMN + 1] = torch.tensor(groups, dtype=torch.int64)
+    table[:, CHUNK_COLUMN + 2] = torch.tensor(steps, dtype=torch.int64)
+
+
+def total_chunks(table: Tensor) -> int:
+    """The number of chunks in all segments of a table."""
+    if len(table) == 0:
+        return 0
+    return int(table[-1, CHUNK_COLUMN]) + -(-int(table[-1, NUMEL_COLUMN]) // CHUNK_ELEMENTS)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills one stretch of memory exactly, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(
+        (st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _continues(previous: tuple[AdoptedArena, Row], current: tuple[AdoptedArena, Row]) -> bool:
+    (arena, before), (other, row) = previous, current
+    return (
+        arena is other
+        and other.order[row.parameter] == arena.order[before.parameter] + 1
+        and row.group == before.group
+        and row.step == before.step
+    )
+
+
+def _watched(rows: Sequence[Row]) -> list[Tensor]:
+    return [row.parameter for row in rows] + [moment for row in rows for moment in row.moments]
