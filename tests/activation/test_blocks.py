@@ -42,7 +42,9 @@ def test_no_policy_touches_nothing() -> None:
 
 
 def test_unknown_policy_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"policy='ful'.*Known policies: full, or None.*Did you mean 'full'"):
+    with pytest.raises(
+        ConfigError, match=r"policy='ful'.*Known policies: full, or None.*Did you mean 'full'"
+    ):
         activation.checkpoint(Stack(), policy="ful")
 
 
