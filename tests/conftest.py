@@ -22,3 +22,9 @@ def run_ranks() -> Callable[..., list[Any]]:
 @pytest.fixture
 def run_ranks_collecting() -> Callable[..., list[ranks.RankOutcome]]:
     return ranks.run_ranks_collecting
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    return ranks.free_port()

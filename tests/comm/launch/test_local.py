@@ -15,6 +15,7 @@ import pytest
 
 from mlsys_engine.comm.launch import launch_local
 from mlsys_engine.errors import LaunchError
+from tests.support.launchers import alive, wait_for_file
 
 
 def _program(tmp_path: Path, body: str) -> list[str]:
@@ -23,22 +24,6 @@ def _program(tmp_path: Path, body: str) -> list[str]:
     folder = f"folder = pathlib.Path({str(tmp_path)!r})\n"
     path.write_text(header + folder + textwrap.dedent(body))
     return [str(path)]
-
-
-def _wait_for(path: Path) -> str:
-    """The content of a file that a rank is about to write; polled, since ranks are separate processes."""
-    deadline = time.monotonic() + 60
-    while not (path.exists() and path.read_text()):
-        assert time.monotonic() < deadline, f"{path} did not appear"
-    return path.read_text()
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; a zombie that its new parent has not yet reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_ranks_get_their_variables_and_success_is_zero(tmp_path: Path) -> None:
@@ -82,7 +67,7 @@ def test_the_culprits_status_is_returned_and_the_others_are_killed(
     """
     assert launch_local(_program(tmp_path, body), 3) == status
     for rank in (0, 2):
-        assert not _alive(int((tmp_path / f"pid{rank}").read_text()))
+        assert not alive(int((tmp_path / f"pid{rank}").read_text()))
 
 
 def test_only_the_culprits_stderr_is_shown_under_its_rank(tmp_path: Path, capfd) -> None:
@@ -142,7 +127,7 @@ def test_ranks_may_finish_after_sigterm_is_passed_on(tmp_path: Path) -> None:
     """
     launcher = _launcher(tmp_path, body)
     for rank in range(2):
-        _wait_for(tmp_path / f"pid{rank}")
+        wait_for_file(tmp_path / f"pid{rank}")
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) == 0
     assert {(tmp_path / f"saved{rank}").read_text() for rank in range(2)} == {"yes"}
@@ -155,9 +140,9 @@ def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
         signal.pause()
     """
     launcher = _launcher(tmp_path, body)
-    pids = [int(_wait_for(tmp_path / f"pid{rank}")) for rank in range(2)]
+    pids = [int(wait_for_file(tmp_path / f"pid{rank}")) for rank in range(2)]
     launcher.kill()
     launcher.wait(60)
     deadline = time.monotonic() + 60
-    while any(_alive(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its launcher"
