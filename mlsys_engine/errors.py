@@ -52,7 +52,9 @@ class PeerFailedError(MlsysError, RuntimeError):
     collective operation `op` with its `sequence` number on which this rank was waiting.
     """
 
-    def __init__(self, rank: int, host: str, pid: int, cause: str, op: str, sequence: int) -> None:
+    def __init__(  # noqa: PLR0917 (the binding raises it positionally)
+        self, rank: int, host: str, pid: int, cause: str, op: str, sequence: int
+    ) -> None:
         self.rank, self.host, self.pid = rank, host, pid
         self.cause, self.op, self.sequence = cause, op, sequence
         super().__init__(

@@ -42,7 +42,7 @@ def build_info() -> BuildInfo:
     info = BuildInfo(**json.loads(path.read_text()))
     if _minor(info.torch) != _minor(torch.__version__):
         raise NativeBuildError(
-            f"The native extensions were built for torch {info.torch}, but torch {torch.__version__} is running. "
+            f"The native extensions were built for torch {info.torch}, but this is torch {torch.__version__}. "
             f"The process group needs the same minor version. Type: {BUILD_COMMAND}"
         )
     if CSRC.is_dir() and hash_sources(CSRC) != info.source_hash:
@@ -77,7 +77,9 @@ def load_activation() -> ModuleType:
 def _library(name: str) -> Path:
     found = sorted(NATIVE.glob(f"{name}*.so"))
     if not found:
-        raise NativeBuildError(f"{NATIVE}/{name}*.so is missing although a build is recorded. Type: {BUILD_COMMAND}")
+        raise NativeBuildError(
+            f"{NATIVE}/{name}*.so is missing although a build is recorded. Type: {BUILD_COMMAND}"
+        )
     return found[0]
 
 
