@@ -26,7 +26,8 @@ import torch.distributed as dist
 import mlsys_engine
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PRELOAD = ["torch", "torch.distributed", "mlsys_engine", "tests.support.ranks"]
+# torch._dynamo, because every torch.optim.Optimizer imports it when it is made.
+_PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "mlsys_engine", "tests.support.ranks"]
 
 
 @dataclass(frozen=True)
