@@ -42,9 +42,7 @@ class FusedUpdate:
 
     def __init__(self, optimizer: ScaledStep, arenas: ModelArenas) -> None:
         self._optimizer = optimizer
-        # Segments need one dtype; a model of mixed dtypes is stepped parameter by parameter.
-        if len(arenas.pairs) == 1:
-            (pair,) = arenas.pairs.values()
+        for pair in arenas.pairs.values():
             optimizer.adopt(pair.parameters, pair.gradients)
 
     def sum_of_squares(self) -> torch.Tensor:
