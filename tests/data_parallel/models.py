@@ -22,7 +22,9 @@ def squared_error(output, batch):
 
 def mlp(width: int = 8, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))
+    return nn.Sequential(
+        nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)
+    )
 
 
 def pairs(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,9 +34,7 @@ def pairs(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plan_of(model: nn.Module, sample=None, world_size: int = 1, bucket_mib: float = 25.0, **options) -> Plan:
-    return DataParallel(bucket_mib=bucket_mib).plan(
-        trace(model, sample), world_size, PlanOptions(**options)
-    )
+    return DataParallel(bucket_mib=bucket_mib).plan(trace(model, sample), world_size, PlanOptions(**options))
 
 
 def alone(model: nn.Module, optimizer=SGD, loss=squared_error, max_grad_norm=None, **options):

@@ -59,4 +59,3 @@ def test_every_parameter_is_in_one_bucket_within_its_limit(numels, bucket_mib, f
     for index, bucket in enumerate(buckets):
         limit = min(first_mib, bucket_mib) if index == 0 else bucket_mib
         assert len(bucket.slots) == 1 or bucket.num_bytes <= limit * MIB
-

@@ -169,5 +169,13 @@ def test_it_prints_in_a_few_lines_with_buckets_and_bytes():
     text = str(_plan(buckets=buckets, activation=tuple((f"h.{i}", "recompute") for i in range(48)), seed=3))
     assert len(text.splitlines()) <= 8
     assert all(len(line) < 160 for line in text.splitlines())
-    for part in ("data 2 = 2 ranks", "200 buckets", "800.0 MiB", "4.0 MiB", "and 44 more", "execution", "seed 3"):
+    for part in (
+        "data 2 = 2 ranks",
+        "200 buckets",
+        "800.0 MiB",
+        "4.0 MiB",
+        "and 44 more",
+        "execution",
+        "seed 3",
+    ):
         assert part in text
