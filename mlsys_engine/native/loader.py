@@ -42,7 +42,7 @@ def build_info() -> BuildInfo:
     info = BuildInfo(**json.loads(path.read_text()))
     if _minor(info.torch) != _minor(torch.__version__):
         raise NativeBuildError(
-            f"The native extensions were built for torch {info.torch}, but this is torch {torch.__version__}. "
+            f"The native extensions were built for torch {info.torch}, this is torch {torch.__version__}. "
             f"The process group needs the same minor version. Type: {BUILD_COMMAND}"
         )
     if CSRC.is_dir() and hash_sources(CSRC) != info.source_hash:

@@ -1,4 +1,4 @@
-"""A hash of the native sources, so that a stale build is noticed. setup.py uses it: imports nothing of ours."""
+"""A hash of the native sources, so that a stale build is noticed. Imports nothing of ours: setup.py uses it."""
 
 from __future__ import annotations
 
