@@ -3,11 +3,11 @@
 // This header includes no other header of ours, so that a change inside the core, the arena or an algorithm
 // does not recompile the binding (torch's headers cost tens of seconds).
 //
-// Contract. Ranks here are group ranks, 0 <= rank < size. Buffers are dense host memory. Collectives block the
-// calling thread and must be called in the same order on all ranks, by one thread at a time; point-to-point calls
-// return at once and may be made from any thread. Nothing connects, maps or starts a thread before the first
-// operation, so a process may fork a constructed but unused Communicator. Every wait polls the poison flag and
-// has a timeout. Errors are thrown as the exceptions below, with values.
+// Contract. Ranks here are group ranks, 0 <= rank < size. Buffers are dense host memory. Collectives block
+// the calling thread and must be called in the same order on all ranks, by one thread at a time;
+// point-to-point calls return at once and may be made from any thread. Nothing connects, maps or starts a
+// thread before the first operation, so a process may fork a constructed but unused Communicator. Every wait
+// polls the poison flag and has a timeout. Errors are thrown as the exceptions below, with values.
 #pragma once
 
 #include <chrono>
@@ -37,8 +37,8 @@ enum class ElementType : uint8_t {
   kBool,
 };
 
-// kAvg divides by the group size after the sum, in the accumulation type. fp16 and bf16 accumulate in fp32 and
-// round once. kPremulSum multiplies every input by `factor` first.
+// kAvg divides by the group size after the sum, in the accumulation type. fp16 and bf16 accumulate in fp32
+// and round once. kPremulSum multiplies every input by `factor` first.
 enum class ReduceOp : uint8_t { kSum, kAvg, kProduct, kMin, kMax, kBitAnd, kBitOr, kBitXor, kPremulSum };
 
 struct Reduction {
@@ -62,9 +62,10 @@ struct Options {
   std::string group_name;
   std::vector<int> global_ranks;               // group rank -> rank in the job, for messages
   std::chrono::milliseconds timeout{1800000};  // of one operation, unless the call names its own
-  // Locality is proved by passing a memfd over an abstract unix socket, never assumed. When not empty this names
-  // for each *global* rank the host it shall be treated as living on, so that tests can fake several hosts.
-  // Ranks with different values never try shared memory. Taken from MLSYS_LOCALITY ("0,0,1,1") by the binding.
+  // Locality is proved by passing a memfd over an abstract unix socket, never assumed. When not empty this
+  // names for each *global* rank the host it shall be treated as living on, so that tests can fake several
+  // hosts. Ranks with different values never try shared memory. Taken from MLSYS_LOCALITY ("0,0,1,1") by the
+  // binding.
   std::vector<int> locality;
   // Proves membership to the data sockets (HMAC or equal strength); the same on all ranks, from the launcher.
   std::string job_key;
@@ -80,7 +81,8 @@ struct PeerFailed : std::runtime_error {
   std::string op;
   uint64_t sequence;
 };
-// An operation outlived its timeout; what() names the ranks that had not arrived and the last operation of each.
+// An operation outlived its timeout; what() names the ranks that had not arrived and the last operation of
+// each.
 struct TimedOut : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -119,11 +121,13 @@ class Communicator {
 
   using Timeout = std::chrono::milliseconds;  // zero: Options::timeout
 
-  // --- collectives; `count` is in elements, sizes named bytes are bytes -------------------------------------
+  // --- collectives; `count` is in elements, sizes named bytes are bytes
+  // -------------------------------------
   virtual void all_reduce(void* data, size_t count, Reduction reduction, Timeout timeout) = 0;
   virtual void reduce(void* data, size_t count, Reduction reduction, int root, Timeout timeout) = 0;
   // outputs[r] receives rank r's input; inputs of equal size on all ranks. outputs[rank()] may equal input.
-  virtual void all_gather(const void* input, std::span<void* const> outputs, size_t bytes, Timeout timeout) = 0;
+  virtual void all_gather(const void* input, std::span<void* const> outputs, size_t bytes,
+                          Timeout timeout) = 0;
   // inputs[r] is this rank's contribution to rank r; `output` may equal inputs[rank()].
   virtual void reduce_scatter(std::span<const void* const> inputs, void* output, size_t count,
                               Reduction reduction, Timeout timeout) = 0;
@@ -134,28 +138,32 @@ class Communicator {
   // `inputs` has size() entries on root and is empty elsewhere.
   virtual void scatter(std::span<const void* const> inputs, void* output, size_t bytes, int root,
                        Timeout timeout) = 0;
-  // Sends send_bytes[r] bytes from inputs[r] to rank r, receives recv_bytes[r] from it; sizes may differ by pair.
+  // Sends send_bytes[r] bytes from inputs[r] to rank r, receives recv_bytes[r] from it; sizes may differ by
+  // pair.
   virtual void all_to_all(std::span<const void* const> inputs, std::span<const size_t> send_bytes,
                           std::span<void* const> outputs, std::span<const size_t> recv_bytes,
                           Timeout timeout) = 0;
   virtual void barrier(Timeout timeout) = 0;
 
-  // --- point to point ---------------------------------------------------------------------------------------
-  // The buffer must stay valid until the request completes. Messages between a pair with equal tags arrive in
-  // order; a receive of another size than was sent fails with Mismatch.
+  // --- point to point
+  // --------------------------------------------------------------------------------------- The buffer must
+  // stay valid until the request completes. Messages between a pair with equal tags arrive in order; a
+  // receive of another size than was sent fails with Mismatch.
   virtual std::shared_ptr<Request> send(const void* data, size_t bytes, int destination, uint64_t tag) = 0;
   // source == kAnySource takes the first message with that tag from anyone.
   static constexpr int kAnySource = -1;
   virtual std::shared_ptr<Request> recv(void* data, size_t bytes, int source, uint64_t tag) = 0;
 
-  // --- shared arena -----------------------------------------------------------------------------------------
-  // Memory that the other ranks of this host can map: collectives on it need no staging copy. Aligned to 64
-  // bytes and zero-filled. The deleter keeps the arena alive, so memory may outlive the Communicator. Throws
+  // --- shared arena
+  // ----------------------------------------------------------------------------------------- Memory that the
+  // other ranks of this host can map: collectives on it need no staging copy. Aligned to 64 bytes and
+  // zero-filled. The deleter keeps the arena alive, so memory may outlive the Communicator. Throws
   // std::bad_alloc with a clear what() when the arena's limit is reached.
   virtual std::shared_ptr<void> allocate(size_t bytes) = 0;
   virtual bool in_arena(const void* data, size_t bytes) const = 0;
 
-  // --- life and faults --------------------------------------------------------------------------------------
+  // --- life and faults
+  // --------------------------------------------------------------------------------------
   virtual int rank() const = 0;
   virtual int size() const = 0;
   virtual uint64_t sequence() const = 0;  // of the last collective started on this rank
@@ -164,8 +172,8 @@ class Communicator {
   virtual std::string describe_transports() const = 0;
   // Tells all ranks, at once, that this rank fails for `cause`; their waits throw PeerFailed naming it.
   virtual void poison(const std::string& cause) = 0;
-  // Orderly end: waits for nothing, joins the threads, closes sockets. Idempotent; also run by the destructor.
-  // After an orderly shutdown a peer's later wait on this rank fails with cause "left the group".
+  // Orderly end: waits for nothing, joins the threads, closes sockets. Idempotent; also run by the
+  // destructor. After an orderly shutdown a peer's later wait on this rank fails with cause "left the group".
   virtual void shutdown() = 0;
 };
 

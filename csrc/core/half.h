@@ -1,8 +1,8 @@
 // bfloat16 and float16 storage types with round-to-nearest-even conversion, usable on host and device.
 //
-// The conversions are plain integer code, so that every instruction set and the GPU give the same bits; compilers
-// vectorise the bfloat16 pair. NaN stays NaN (quiet), inf stays inf, float16 overflow becomes inf, and
-// float16 subnormals are kept. Reference: IEEE 754-2019, section 3.6; test: tests/core/test_half.py.
+// The conversions are plain integer code, so that every instruction set and the GPU give the same bits;
+// compilers vectorise the bfloat16 pair. NaN stays NaN (quiet), inf stays inf, float16 overflow becomes inf,
+// and float16 subnormals are kept. Reference: IEEE 754-2019, section 3.6; test: tests/core/test_half.py.
 #pragma once
 
 #include <bit>
@@ -64,7 +64,8 @@ MLSYS_HD Float16 to_float16(float value) {
   const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above round to inf
+  if (magnitude >= 0x477ff000u)
+    return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above round to inf
   if (magnitude < 0x38800000u) {
     // Subnormal result: adding 0.5 aligns the last half-precision bit with the last bit of the sum,
     // so the addition itself rounds to nearest even.
