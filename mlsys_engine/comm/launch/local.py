@@ -58,20 +58,24 @@ def launch_local(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | N
     `argv` is what follows the interpreter (["-m", "mlsys_engine.cli.main", "train"]); `env` adds variables.
     The first rank that fails by itself is the culprit: the others leave or are killed within a second, its
     stderr is shown, and its status returned (128 + n for signal n). SIGINT, SIGTERM and SIGHUP are passed on
-    to the ranks, which may save before they leave; a second one kills them. Ranks die with this process.
+    to the ranks, which may take their time to save; leaving with 128 + n is then no failure, and the job's
+    status. A second signal kills them. Ranks die with this process.
     """
     if num_ranks < 1:
         raise LaunchError(f"{num_ranks} ranks.", "A job has at least 1.", "Type: --ranks 1, or more.")
     command = [*argv] if argv and argv[0] == sys.executable else [sys.executable, *argv]
     ranks: list[_Rank] = []
-    with _signals_passed_to(ranks), socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+    with (
+        _signals_passed_to(ranks) as signals,
+        socket.create_server(("127.0.0.1", 0), backlog=1024) as listener,
+    ):
         shared = {**os.environ, "MLSYS_JOB_KEY": secrets.token_hex(32), **(env or {})}
         shared.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         try:
             for rank in range(num_ranks):
                 ranks.append(_start(command, rank, num_ranks, shared, listener))
             listener.close()  # rank 0 has it now: if it dies, the others see a closed port
-            return _stay_with(ranks)
+            return _stay_with(ranks, signals)
         finally:
             for member in ranks:
                 if member.process.poll() is None:
@@ -120,8 +124,8 @@ def _die_with_parent() -> Callable[[], None] | None:
     return arm
 
 
-def _stay_with(ranks: list[_Rank]) -> int:
-    """Waits for all ranks, ends them when one fails, and returns the job's status."""
+def _stay_with(ranks: list[_Rank], signals: Sequence[int]) -> int:
+    """Waits for all ranks, ends them when one fails, gives the job's status; `signals` were passed on."""
     ended: list[_Rank] = []
     failed_at: float | None = None
     with selectors.DefaultSelector() as selector:
@@ -135,7 +139,7 @@ def _stay_with(ranks: list[_Rank]) -> int:
             for member in ranks:
                 if member not in ended and member.process.poll() is not None:
                     ended.append(member)
-                    if member.process.returncode != 0 and failed_at is None:
+                    if failed_at is None and member.process.returncode not in _statuses_as_asked(signals):
                         failed_at = now
             if failed_at is not None and now - failed_at > _LEAVE_S:
                 number = signal.SIGTERM if now - failed_at < _KILL_S else signal.SIGKILL
@@ -143,7 +147,12 @@ def _stay_with(ranks: list[_Rank]) -> int:
                     if member not in ended:
                         member.signal(number)
         _drain(selector, 0.0)
-    return _verdict(ended)
+    return _verdict(ended, signals)
+
+
+def _statuses_as_asked(signals: Sequence[int]) -> set[int]:
+    """What a rank that did what it was told ends with: 0, or 128 + n after signal n."""
+    return {0, *(128 + number for number in signals)}
 
 
 def _drain(selector: selectors.BaseSelector, timeout_s: float) -> None:
@@ -158,11 +167,12 @@ def _drain(selector: selectors.BaseSelector, timeout_s: float) -> None:
                 selector.unregister(stream)
 
 
-def _verdict(ended: list[_Rank]) -> int:
+def _verdict(ended: list[_Rank], signals: Sequence[int]) -> int:
     """Names the culprit, shows what it wrote, and returns its status; `ended` is in order of ending."""
     failed = [member for member in ended if member.process.returncode != 0]
-    if not failed:
-        return 0
+    statuses = {member.process.returncode for member in ended}
+    if statuses <= _statuses_as_asked(signals):
+        return max(statuses)
     culprit = next((member for member in failed if member.process.returncode != SURVIVOR_STATUS), failed[0])
     code = culprit.process.returncode
     status = 128 - code if code < 0 else code
@@ -176,12 +186,12 @@ def _verdict(ended: list[_Rank]) -> int:
 
 
 @contextlib.contextmanager
-def _signals_passed_to(ranks: list[_Rank]) -> Iterator[None]:
-    """Passes the signals that end a job on to its ranks; from the second one on as SIGKILL."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _signals_passed_to(ranks: list[_Rank]) -> Iterator[list[int]]:
+    """Passes the signals that end a job on to its ranks (after the first as SIGKILL) and lists what came."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -191,7 +201,7 @@ def _signals_passed_to(ranks: list[_Rank]) -> Iterator[None]:
 
     before = {number: signal.signal(number, pass_on) for number in _FORWARDED}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -133,6 +133,27 @@ def test_ranks_may_finish_after_sigterm_is_passed_on(tmp_path: Path) -> None:
     assert {(tmp_path / f"saved{rank}").read_text() for rank in range(2)} == {"yes"}
 
 
+def test_a_rank_that_leaves_as_the_signal_asked_gives_the_others_time_to_save(tmp_path: Path) -> None:
+    body = """
+    def leave(number, frame):
+        while rank == 0 and not (folder / "the other has left").exists():
+            pass
+        sys.exit(128 + number)
+    signal.signal(signal.SIGINT, leave)
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    while True:
+        signal.pause()
+    """
+    launcher = _launcher(tmp_path, body)
+    pids = [int(wait_for_file(tmp_path / f"pid{rank}")) for rank in range(2)]
+    launcher.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while alive(pids[1]):
+        assert time.monotonic() < deadline, "a rank did not leave"
+    (tmp_path / "the other has left").touch()
+    assert launcher.wait(60) == 130
+
+
 def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     body = """
     (folder / f"pid{rank}").write_text(str(os.getpid()))
