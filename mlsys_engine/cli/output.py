@@ -63,6 +63,6 @@ def figure(value: Any) -> str:
     number = json_files.number(value)
     if number is None:
         return "-" if value is None else str(value)
-    if abs(number) >= 1e5:
+    if abs(number) >= 1e3:
         return f"{number:,.0f}"
     return f"{number:.4f}" if abs(number) >= 1e-3 or number == 0 else f"{number:.3g}"

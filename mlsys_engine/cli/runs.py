@@ -151,16 +151,18 @@ def print_comparison(out: Output, metrics: Any, baselines: Any) -> None:
     """The model's validation bits per byte beside those of the baselines; nothing when there are none."""
     model = json_files.number(metrics.get("val_bits_per_byte"))
     values = {name: json_files.number(measures.get("bits_per_byte")) for name, measures in baselines.items()}
-    rows = [
-        [name, figure(value), f"{(model / value - 1) * 100:+.1f} %" if model is not None and value else "-"]
-        for name, value in values.items()
-        if value is not None
-    ]
-    if rows:
-        out.say()
-        model_row = [] if model is None else [["this model", figure(model), ""]]
-        columns = ("validation", "bits per byte", "model against it" if model is not None else "")
-        out.table("", columns, [*rows, *model_row])
+    known = {name: value for name, value in values.items() if value}
+    if not known:
+        return
+    out.say()
+    if model is None:
+        rows = [[name, figure(value)] for name, value in known.items()]
+        out.table("", ("validation", "bits per byte"), rows)
+        return
+    rows = [[name, figure(value), f"{(model / value - 1) * 100:+.1f} %"] for name, value in known.items()]
+    out.table(
+        "", ("validation", "bits per byte", "model against it"), [*rows, ["this model", figure(model), ""]]
+    )
 
 
 def _code_line(code: Any) -> str:
