@@ -7,6 +7,7 @@ Inside the package write `from mlsys_engine.plan.x import y`.
 
 from mlsys_engine import (
     activation,
+    checkpoint,
     comm,
     data,
     errors,
@@ -18,16 +19,25 @@ from mlsys_engine import (
     tracking,
 )
 from mlsys_engine.comm.launch import World, init
+from mlsys_engine.plan.runner import EvalResult, Runner, StepResult
 from mlsys_engine.strategies import DataParallel, apply, plan, wrap
+from mlsys_engine.trainer import SaveEvery, Trainer, TrainingInterrupted
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DataParallel",
+    "EvalResult",
+    "Runner",
+    "SaveEvery",
+    "StepResult",
+    "Trainer",
+    "TrainingInterrupted",
     "World",
     "__version__",
     "activation",
     "apply",
+    "checkpoint",
     "comm",
     "data",
     "errors",
