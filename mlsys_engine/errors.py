@@ -77,6 +77,5 @@ class CollectiveMismatchError(MlsysError, RuntimeError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What a mistyped `name` was probably meant to be, or all the known names when none is close."""
     choices = sorted(known)
-    close = difflib.get_close_matches(name, choices, n=2, cutoff=0.5)
-    quoted = " or ".join(repr(choice) for choice in close)
-    return f"Did you mean {quoted}?" if close else f"Known names: {', '.join(choices) or 'none'}."
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known names: {', '.join(choices) or 'none'}."

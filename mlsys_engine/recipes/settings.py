@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from mlsys_engine import optim, strategies
+from torch import nn
+
+from mlsys_engine import activation, optim, strategies
 from mlsys_engine.errors import ConfigError, DataError
 from mlsys_engine.tracking import check_trackers
 
@@ -77,6 +79,7 @@ class TrainingSettings:
     def check(self, num_ranks: int) -> None:
         """Refuses unknown names and batches that leave a rank without a sequence, before any rank starts."""
         strategies.from_name(self.strategy)
+        activation.resolve(nn.Identity(), self.activation)
         check_trackers(self.trackers)
         if self.batch_size < num_ranks:
             raise DataError(
