@@ -1,4 +1,4 @@
-"""A hash of the native sources, so that a stale build is noticed. setup.py uses it: it imports none of ours."""
+"""A hash of the native sources, so that a stale build is noticed. setup.py uses it: no import of ours."""
 
 from __future__ import annotations
 
