@@ -15,6 +15,10 @@ from tests.support.launchers import LAUNCHERS, alive, command_of, environment, w
 FAIL = str(Path(__file__).parent / "programs" / "fail_on_one_rank.py")
 # Far below every timeout that would end a hang by itself (60 s), far above what leaving takes (under 1 s).
 HANG_S = 20.0
+# torchrun takes seconds to start and to end, so beside the exception it is tried in the long tests.
+MOSTLY_LONG = [
+    pytest.param("torchrun", marks=pytest.mark.slow) if name == "torchrun" else name for name in LAUNCHERS
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ def test_an_exception_on_one_rank_ends_all_with_one_traceback(
     assert "AssertionError" not in failure.stderr
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", MOSTLY_LONG)
 def test_a_users_mistake_on_one_rank_is_told_once_without_a_traceback(launcher: str, tmp_path: Path) -> None:
     failure = _run(launcher, 2, 1, "user_error", tmp_path)
     assert failure.stderr.count("bucket_mib=-1. It must be above 0. Leave it out.") == 1
@@ -65,7 +69,7 @@ def test_a_users_mistake_on_one_rank_is_told_once_without_a_traceback(launcher: 
 
 
 @pytest.mark.parametrize("kind", ["kill", "exit"])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", MOSTLY_LONG)
 def test_a_rank_that_dies_without_a_word_ends_all(launcher: str, kind: str, tmp_path: Path) -> None:
     failure = _run(launcher, 2, 1, kind, tmp_path)
     assert failure.status != 0
