@@ -1,0 +1,37 @@
+// Collectives over several hosts: shared memory inside each, TCP between their leaders (or, where only single
+// pairs talk, between the ranks themselves). All are called after await_arrival(), with connections open.
+//
+// Data that leaders exchange lies in the host's scratch area, which all its ranks can reach; where every host
+// has one rank it is sent from, and received into, the caller's memory.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "comm/algorithms/context.h"
+
+namespace mlsys::comm {
+
+// root (group rank) >= 0: only its `data` is written.
+void hosts_reduce(Context& context, const Reducer& reducer, void* data, size_t count, int root);
+void hosts_reduce_scatter(Context& context, const Reducer& reducer, std::span<const void* const> inputs,
+                          void* output, size_t count);
+void hosts_all_gather(Context& context, const void* input, std::span<void* const> outputs, size_t bytes);
+void hosts_broadcast(Context& context, void* data, size_t bytes, int root);
+void hosts_barrier(Context& context);
+void hosts_gather(Context& context, const void* input, std::span<void* const> outputs, size_t bytes,
+                  int root);
+void hosts_scatter(Context& context, std::span<const void* const> inputs, void* output, size_t bytes,
+                   int root);
+void hosts_all_to_all(Context& context, std::span<const void* const> inputs,
+                      std::span<const size_t> send_bytes, std::span<void* const> outputs,
+                      std::span<const size_t> receive_bytes);
+
+// The ranks that this rank talks to directly in each kind of operation, beside its ring neighbours.
+std::vector<int> tcp_peers(const Topology& topology, OpKind kind, int root);
+// Leaders of the next and the previous host; empty on other ranks.
+std::vector<int> ring_neighbours(const Topology& topology);
+
+inline bool one_rank_each(const Topology& topology) { return topology.num_hosts() == topology.size; }
+
+}  // namespace mlsys::comm

@@ -1,0 +1,145 @@
+// Gather, scatter and all-to-all over several hosts: pairs on one host go through shared memory, pairs on
+// different hosts over a connection of their own. Also: who talks to whom.
+#include <algorithm>
+
+#include "comm/algorithms/hosts.h"
+#include "comm/algorithms/local.h"
+
+namespace mlsys::comm {
+namespace {
+
+// The entries of a group-wide table that belong to this host, by local index.
+template <class T>
+std::vector<T> local_part(const Topology& topology, std::span<const T> table, T absent) {
+  std::vector<T> part;
+  for (const int rank : topology.local_ranks()) {
+    part.push_back(table.empty() ? absent : table[static_cast<size_t>(rank)]);
+  }
+  return part;
+}
+
+}  // namespace
+
+void hosts_gather(Context& context, const void* input, std::span<void* const> outputs, size_t bytes,
+                  int root) {
+  const Topology& topology = context.topology;
+  // On the root's host; elsewhere nobody has an output, and the share is of nothing.
+  if (topology.is_local(root)) {
+    local_share(context, input, local_part<void*>(topology, outputs, nullptr), bytes, -1);
+  }
+  std::vector<Incoming> receives;
+  std::vector<Outgoing> sends;
+  if (topology.rank == root) {
+    for (int rank = 0; rank < topology.size; ++rank) {
+      if (!topology.is_local(rank)) receives.push_back({rank, outputs[static_cast<size_t>(rank)], bytes});
+    }
+  } else if (!topology.is_local(root)) {
+    sends.push_back({root, input, bytes});
+  }
+  context.mesh->transfer(sends, receives);
+}
+
+void hosts_scatter(Context& context, std::span<const void* const> inputs, void* output, size_t bytes,
+                   int root) {
+  const Topology& topology = context.topology;
+  std::vector<Incoming> receives;
+  std::vector<Outgoing> sends;
+  if (topology.rank == root) {
+    for (int rank = 0; rank < topology.size; ++rank) {
+      if (!topology.is_local(rank)) sends.push_back({rank, inputs[static_cast<size_t>(rank)], bytes});
+    }
+  } else if (!topology.is_local(root)) {
+    receives.push_back({root, output, bytes});
+  }
+  if (topology.is_local(root)) {
+    const size_t num_local = topology.local_ranks().size();
+    const auto root_local = static_cast<size_t>(topology.local_of[root]);
+    std::vector<size_t> send_bytes(num_local, topology.rank == root ? bytes : 0);
+    std::vector<size_t> receive_bytes(num_local, 0);
+    std::vector<void*> outputs(num_local, nullptr);
+    receive_bytes[root_local] = bytes;
+    outputs[root_local] = output;
+    local_exchange(context, local_part<const void*>(topology, inputs, nullptr), send_bytes, outputs,
+                   receive_bytes);
+  }
+  context.mesh->transfer(sends, receives);
+}
+
+void hosts_all_to_all(Context& context, std::span<const void* const> inputs,
+                      std::span<const size_t> send_bytes, std::span<void* const> outputs,
+                      std::span<const size_t> receive_bytes) {
+  const Topology& topology = context.topology;
+  local_exchange(context, local_part<const void*>(topology, inputs, nullptr),
+                 local_part<size_t>(topology, send_bytes, 0), local_part<void*>(topology, outputs, nullptr),
+                 local_part<size_t>(topology, receive_bytes, 0));
+  // Each stream starts with the size of what follows, so that a disagreement is found before it does harm.
+  std::vector<uint64_t> announced(inputs.size()), expected(inputs.size());
+  std::vector<Outgoing> size_sends, sends;
+  std::vector<Incoming> size_receives, receives;
+  for (int rank = 0; rank < topology.size; ++rank) {
+    if (topology.is_local(rank)) continue;
+    const auto slot = static_cast<size_t>(rank);
+    announced[slot] = send_bytes[slot];
+    size_sends.push_back({rank, &announced[slot], sizeof(uint64_t)});
+    size_receives.push_back({rank, &expected[slot], sizeof(uint64_t)});
+    sends.push_back({rank, inputs[slot], send_bytes[slot]});
+    receives.push_back({rank, outputs[slot], receive_bytes[slot]});
+  }
+  context.mesh->transfer(size_sends, size_receives);
+  for (const Incoming& receive : receives) {
+    const auto slot = static_cast<size_t>(receive.peer);
+    if (expected[slot] != receive_bytes[slot]) {
+      context.faults.fail_mismatch(
+          describe_size_mismatch(topology.global(receive.peer), expected[slot],
+                                 topology.global(topology.rank), receive_bytes[slot]),
+          context.team.mine());
+    }
+  }
+  context.mesh->transfer(sends, receives);
+}
+
+std::vector<int> tcp_peers(const Topology& topology, OpKind kind, int root) {
+  std::vector<int> remote, leaders;
+  for (int rank = 0; rank < topology.size; ++rank) {
+    if (!topology.is_local(rank)) remote.push_back(rank);
+  }
+  for (int host = 0; host < topology.num_hosts(); ++host) {
+    if (host != topology.my_host()) leaders.push_back(topology.leader_of(host));
+  }
+  switch (kind) {
+    case OpKind::kAllToAll:
+      return remote;
+    case OpKind::kGather:
+    case OpKind::kScatter:
+      if (topology.rank == root) return remote;
+      return topology.is_local(root) ? std::vector<int>{} : std::vector<int>{root};
+    case OpKind::kReduceScatter:
+      return topology.is_leader() ? leaders : std::vector<int>{};
+    case OpKind::kBroadcast: {
+      const int root_leader = topology.leader_of(topology.host_of[root]);
+      if (topology.rank == root_leader) return leaders;
+      if (topology.is_leader() && !topology.is_local(root)) return {root_leader};
+      return {};
+    }
+    case OpKind::kBarrier: {
+      std::vector<int> partners;
+      for (int distance = 1; topology.is_leader() && distance < topology.num_hosts(); distance *= 2) {
+        partners.push_back(topology.leader_of((topology.my_host() + distance) % topology.num_hosts()));
+        partners.push_back(topology.leader_of((topology.my_host() + topology.num_hosts() - distance) %
+                                              topology.num_hosts()));
+      }
+      return partners;
+    }
+    default:
+      return {};
+  }
+}
+
+std::vector<int> ring_neighbours(const Topology& topology) {
+  if (!topology.is_leader() || topology.num_hosts() == 1) return {};
+  const int hosts = topology.num_hosts();
+  return {topology.leader_of((topology.my_host() + 1) % hosts),
+          topology.leader_of((topology.my_host() + hosts - 1) % hosts)};
+}
+
+}  // namespace mlsys::comm

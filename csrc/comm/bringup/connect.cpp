@@ -1,0 +1,154 @@
+#include <algorithm>
+#include <stdexcept>
+
+#include "comm/bringup/links.h"
+#include "comm/bringup/locality.h"
+
+namespace mlsys::comm {
+namespace {
+
+using Deadline = std::chrono::steady_clock::time_point;
+
+std::string key_prefix(const Options& options) { return "mlsys/" + options.group_name; }
+
+int global_rank(const Options& options, int rank) {
+  return options.global_ranks.empty() ? rank : options.global_ranks[static_cast<size_t>(rank)];
+}
+
+int locality_of(const Options& options, int rank) {
+  if (options.locality.empty()) return -1;
+  const auto global = static_cast<size_t>(global_rank(options, rank));
+  if (global >= options.locality.size()) {
+    throw std::invalid_argument("MLSYS_LOCALITY names the hosts of " +
+                                std::to_string(options.locality.size()) +
+                                " ranks, but there is a global rank " + std::to_string(global) +
+                                ". Give one number for each rank of the job.");
+  }
+  return options.locality[global];
+}
+
+std::vector<Identity> exchange_identities(Rendezvous& rendezvous, const Options& options,
+                                          const Identity& mine) {
+  rendezvous.put("identity", options.rank, encode(mine));
+  std::vector<Identity> identities;
+  for (int rank = 0; rank < options.size; ++rank) {
+    const std::optional<Identity> identity = decode_identity(rendezvous.get("identity", rank));
+    if (!identity) {
+      throw std::runtime_error("what group rank " + std::to_string(rank) +
+                               " published in the store is not readable. All ranks must run the same build.");
+    }
+    if (!identity->failure.empty()) {
+      throw PeerFailed(global_rank(options, rank), identity->host, identity->pid, identity->failure,
+                       "connecting", 0);
+    }
+    identities.push_back(*identity);
+  }
+  return identities;
+}
+
+std::vector<uint8_t> bytes_of(const std::string& text) { return {text.begin(), text.end()}; }
+
+// "address|data port|message port"
+void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<Identity>& identities) {
+  const bool one_kernel = std::all_of(identities.begin(), identities.end(), [&](const Identity& identity) {
+    return identity.boot_id == identities[0].boot_id && identity.network_space == identities[0].network_space;
+  });
+  const std::string host = choose_address(one_kernel);
+  uint16_t data_port = 0, message_port = 0;
+  UniqueFd data_listener = listen_tcp(host, &data_port);
+  links.message_tcp_listener = listen_tcp(host, &message_port);
+  rendezvous.put("address", links.topology.rank,
+                 bytes_of(host + "|" + std::to_string(data_port) + "|" + std::to_string(message_port)));
+  std::vector<TcpAddress> data(links.topology.members.size());
+  for (int rank = 0; rank < links.topology.size; ++rank) {
+    if (links.topology.is_local(rank)) continue;
+    const std::vector<uint8_t> bytes = rendezvous.get("address", rank);
+    const std::string text(bytes.begin(), bytes.end());
+    const size_t first = text.find('|'), second = text.rfind('|');
+    if (first == std::string::npos || first == second)
+      throw std::runtime_error("bad address in the store: " + text);
+    const auto slot = static_cast<size_t>(rank);
+    data[slot] = {text.substr(0, first), static_cast<uint16_t>(std::stoul(text.substr(first + 1)))};
+    links.message_endpoints[slot].tcp = {data[slot].host,
+                                         static_cast<uint16_t>(std::stoul(text.substr(second + 1)))};
+  }
+  links.mesh = std::make_unique<Mesh>(links.topology, *links.faults, links.credentials, std::move(data),
+                                      std::move(data_listener));
+}
+
+std::map<int, Socket> open_controls(Links& links, Deadline deadline) {
+  std::map<int, Socket> controls;
+  if (links.mesh == nullptr || !links.topology.is_leader()) return controls;
+  std::vector<int> leaders;
+  for (int host = 0; host < links.topology.num_hosts(); ++host) {
+    if (host != links.topology.my_host()) leaders.push_back(links.topology.leader_of(host));
+  }
+  Descriptor op;
+  op.rank = links.topology.global(links.topology.rank);
+  links.mesh->begin(op, deadline);
+  links.mesh->ensure(leaders, Purpose::kControl);
+  for (const int leader : leaders) controls.emplace(leader, links.mesh->take_control(leader));
+  return controls;
+}
+
+void share_memory(Links& links, SharedHost& shared) {
+  const Topology& topology = links.topology;
+  links.block = std::make_unique<ControlBlock>(shared.control, topology.local_size(), topology.size);
+  links.faults = std::make_unique<Faults>(topology, *links.block, std::move(shared.doorbells));
+  std::vector<std::byte*> bases;
+  std::vector<size_t> sizes;
+  for (int local = 0; local < topology.local_size(); ++local) {
+    const int fd = shared.arenas[static_cast<size_t>(local)].get();
+    const bool own = local == topology.local_index();
+    links.peer_arenas.push_back(own ? Mapping() : Mapping(fd, file_bytes(fd)));
+    bases.push_back(own ? links.arena->base() : links.peer_arenas.back().data());
+    sizes.push_back(own ? links.arena->capacity() : links.peer_arenas.back().bytes());
+  }
+  links.team =
+      std::make_unique<LocalTeam>(topology, *links.block, *links.faults, std::move(bases), std::move(sizes));
+}
+
+}  // namespace
+
+std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& options,
+                               std::function<bool()> stop, std::function<void()> on_message) {
+  const Deadline deadline = std::chrono::steady_clock::now() + options.timeout;
+  auto links = std::make_unique<Links>();
+  links->arena = Arena::of_process();
+  links->credentials = {options.job_key, options.rank, options.size, hash_name(options.group_name)};
+  Rendezvous rendezvous(std::move(store), key_prefix(options), options.timeout, stop);
+
+  const Identity mine = identify(locality_of(options, options.rank));
+  UniqueFd locality_listener = listen_unix(mine.socket_name);
+  links->message_unix_listener = listen_unix(mine.message_socket);
+  const std::vector<Identity> identities = exchange_identities(rendezvous, options, mine);
+
+  Topology& topology = links->topology;
+  topology.rank = options.rank;
+  topology.size = options.size;
+  for (int rank = 0; rank < options.size; ++rank) {
+    const Identity& identity = identities[static_cast<size_t>(rank)];
+    topology.members.push_back({global_rank(options, rank), identity.host, identity.pid});
+    links->message_endpoints.push_back({identity.message_socket, {}});
+  }
+  SharedHost shared = prove_locality(rendezvous, links->credentials, identities, std::move(locality_listener),
+                                     links->arena->fd(), stop, deadline);
+  topology.hosts = shared.hosts;
+  index_hosts(topology);
+  share_memory(*links, shared);
+  if (topology.num_hosts() > 1) exchange_addresses(rendezvous, *links, identities);
+  std::map<int, Socket> controls = open_controls(*links, deadline);
+  std::vector<int> listeners{links->message_unix_listener.get()};
+  if (links->message_tcp_listener) listeners.push_back(links->message_tcp_listener.get());
+  links->watch = std::make_unique<Watch>(topology, *links->block, *links->faults, std::move(shared.pidfds),
+                                         std::move(controls), std::move(listeners), std::move(on_message));
+  return links;
+}
+
+void publish_failure(Store& store, const Options& options, const std::string& cause) {
+  Identity identity = identify(-1);
+  identity.failure = cause.empty() ? "failed" : cause;
+  store.set(key_prefix(options) + "/identity/" + std::to_string(options.rank), encode(identity));
+}
+
+}  // namespace mlsys::comm

@@ -1,0 +1,210 @@
+// The collectives of the Communicator: argument checks, the group of one, and which algorithm runs.
+#include <stdexcept>
+
+#include "comm/algorithms/hosts.h"
+#include "comm/algorithms/local.h"
+#include "comm/engine.h"
+
+namespace mlsys::comm {
+namespace {
+
+std::span<const std::byte> bytes_at(const void* data, size_t bytes) {
+  return {static_cast<const std::byte*>(data), bytes};
+}
+
+// What small operations inside one host publish beside the descriptor.
+std::span<const std::byte> inline_of(const void* data, size_t bytes) {
+  return fits_inline(bytes) ? bytes_at(data, bytes) : std::span<const std::byte>();
+}
+
+void expect_entries(size_t given, int expected, const char* what) {
+  if (given == static_cast<size_t>(expected)) return;
+  throw std::invalid_argument(std::to_string(given) + " " + what + " were given; expected " +
+                              std::to_string(expected) + ", one for each rank of the group.");
+}
+
+bool contiguous(std::span<const void* const> parts, size_t bytes) {
+  for (size_t i = 1; i < parts.size(); ++i) {
+    if (parts[i] != at(parts[0], i * bytes)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void Engine::all_reduce(void* data, size_t count, Reduction reduction, Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  const Reducer reducer(reduction, options_.size);
+  if (options_.size == 1) {
+    begin_alone();
+    return reducer.reduce(std::array<const void*, 1>{data}, std::array{data}, count);
+  }
+  const size_t bytes = count * reducer.element_bytes();
+  Descriptor call = new_reduction(OpKind::kAllReduce, count, -1, reduction);
+  call.arena_offset = offset_of(data, bytes);
+  Context context = begin(call, timeout, inline_of(data, bytes));
+  if (context.mesh == nullptr) return local_reduce(context, reducer, data, count, -1);
+  hosts_reduce(context, reducer, data, count, -1);
+}
+
+void Engine::reduce(void* data, size_t count, Reduction reduction, int root, Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  check_rank(root, "root");
+  const Reducer reducer(reduction, options_.size);
+  if (options_.size == 1) {
+    begin_alone();
+    return reducer.reduce(std::array<const void*, 1>{data}, std::array{data}, count);
+  }
+  const size_t bytes = count * reducer.element_bytes();
+  Descriptor call = new_reduction(OpKind::kReduce, count, root, reduction);
+  call.arena_offset = offset_of(data, bytes);
+  Context context = begin(call, timeout, inline_of(data, bytes));
+  if (context.mesh == nullptr) return local_reduce(context, reducer, data, count, root);
+  hosts_reduce(context, reducer, data, count, root);
+}
+
+void Engine::all_gather(const void* input, std::span<void* const> outputs, size_t bytes, Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  expect_entries(outputs.size(), options_.size, "outputs");
+  if (options_.size == 1) {
+    begin_alone();
+    return copy_bytes(outputs[0], input, bytes);
+  }
+  Descriptor call = new_call(OpKind::kAllGather, bytes, -1);
+  call.arena_offset = offset_of(input, bytes);
+  Context context = begin(call, timeout, inline_of(input, bytes));
+  if (context.mesh == nullptr) return local_share(context, input, outputs, bytes, -1);
+  hosts_all_gather(context, input, outputs, bytes);
+}
+
+void Engine::reduce_scatter(std::span<const void* const> inputs, void* output, size_t count,
+                            Reduction reduction, Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  expect_entries(inputs.size(), options_.size, "inputs");
+  const Reducer reducer(reduction, options_.size);
+  if (options_.size == 1) {
+    begin_alone();
+    return reducer.reduce(inputs, std::array{output}, count);
+  }
+  const size_t bytes = count * reducer.element_bytes();
+  Descriptor call = new_reduction(OpKind::kReduceScatter, count, -1, reduction);
+  if (contiguous(inputs, bytes)) call.arena_offset = offset_of(inputs[0], bytes * inputs.size());
+  Context context = begin(call, timeout, {});
+  if (context.mesh == nullptr) return local_reduce_scatter(context, reducer, inputs, output, count);
+  hosts_reduce_scatter(context, reducer, inputs, output, count);
+}
+
+void Engine::broadcast(void* data, size_t bytes, int root, Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  check_rank(root, "root");
+  if (options_.size == 1) return begin_alone();
+  Descriptor call = new_call(OpKind::kBroadcast, bytes, root);
+  const bool sending = options_.rank == root;
+  if (sending) call.arena_offset = offset_of(data, bytes);
+  Context context = begin(call, timeout, sending ? inline_of(data, bytes) : std::span<const std::byte>());
+  if (context.mesh != nullptr) return hosts_broadcast(context, data, bytes, root);
+  std::vector<void*> outputs(static_cast<size_t>(options_.size), nullptr);
+  outputs[static_cast<size_t>(root)] = data;
+  local_share(context, data, outputs, bytes, root);
+}
+
+void Engine::gather(const void* input, std::span<void* const> outputs, size_t bytes, int root,
+                    Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  check_rank(root, "root");
+  expect_entries(outputs.size(), options_.rank == root ? options_.size : 0, "outputs");
+  if (options_.size == 1) {
+    begin_alone();
+    return copy_bytes(outputs[0], input, bytes);
+  }
+  Descriptor call = new_call(OpKind::kGather, bytes, root);
+  call.arena_offset = offset_of(input, bytes);
+  Context context = begin(call, timeout, inline_of(input, bytes));
+  if (context.mesh != nullptr) return hosts_gather(context, input, outputs, bytes, root);
+  const std::vector<void*> nothing(static_cast<size_t>(options_.size), nullptr);
+  local_share(context, input, options_.rank == root ? outputs : std::span<void* const>(nothing), bytes, -1);
+}
+
+void Engine::scatter(std::span<const void* const> inputs, void* output, size_t bytes, int root,
+                     Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  check_rank(root, "root");
+  const bool sending = options_.rank == root;
+  expect_entries(inputs.size(), sending ? options_.size : 0, "inputs");
+  if (options_.size == 1) {
+    begin_alone();
+    return copy_bytes(output, inputs[0], bytes);
+  }
+  const std::vector<uint64_t> sizes = published_sizes([&](int) { return sending ? bytes : 0; });
+  Context context = begin(new_call(OpKind::kScatter, bytes, root), timeout,
+                          bytes_at(sizes.data(), sizes.size() * sizeof(uint64_t)));
+  if (context.mesh != nullptr) return hosts_scatter(context, inputs, output, bytes, root);
+  const auto size = static_cast<size_t>(options_.size);
+  const std::vector<const void*> nothing(size, nullptr);
+  std::vector<size_t> send_bytes(size, sending ? bytes : 0), receive_bytes(size, 0);
+  std::vector<void*> outputs(size, nullptr);
+  receive_bytes[static_cast<size_t>(root)] = bytes;
+  outputs[static_cast<size_t>(root)] = output;
+  local_exchange(context, sending ? inputs : std::span<const void* const>(nothing), send_bytes, outputs,
+                 receive_bytes);
+}
+
+void Engine::all_to_all(std::span<const void* const> inputs, std::span<const size_t> send_bytes,
+                        std::span<void* const> outputs, std::span<const size_t> recv_bytes, Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  expect_entries(inputs.size(), options_.size, "inputs");
+  expect_entries(send_bytes.size(), options_.size, "send sizes");
+  expect_entries(outputs.size(), options_.size, "outputs");
+  expect_entries(recv_bytes.size(), options_.size, "receive sizes");
+  if (send_bytes[static_cast<size_t>(options_.rank)] != recv_bytes[static_cast<size_t>(options_.rank)]) {
+    throw Mismatch(describe_size_mismatch(options_.rank, send_bytes[static_cast<size_t>(options_.rank)],
+                                          options_.rank, recv_bytes[static_cast<size_t>(options_.rank)]));
+  }
+  if (options_.size == 1) {
+    begin_alone();
+    return copy_bytes(outputs[0], inputs[0], send_bytes[0]);
+  }
+  const std::vector<uint64_t> sizes =
+      published_sizes([&](int rank) { return send_bytes[static_cast<size_t>(rank)]; });
+  Context context = begin(new_call(OpKind::kAllToAll, 0, -1), timeout,
+                          bytes_at(sizes.data(), sizes.size() * sizeof(uint64_t)));
+  if (context.mesh != nullptr) return hosts_all_to_all(context, inputs, send_bytes, outputs, recv_bytes);
+  local_exchange(context, inputs, send_bytes, outputs, recv_bytes);
+}
+
+// Inside a host the arrival is the barrier.
+void Engine::barrier(Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  if (options_.size == 1) return begin_alone();
+  Context context = begin(new_call(OpKind::kBarrier, 0, -1), timeout, {});
+  if (context.mesh == nullptr) return;
+  hosts_barrier(context);
+}
+
+void Engine::begin_alone() {
+  sequence_.fetch_add(1, std::memory_order_relaxed);
+  live_.operations.fetch_add(1, std::memory_order_relaxed);
+}
+
+std::vector<uint64_t> Engine::published_sizes(const std::function<size_t(int)>& send_bytes) {
+  const std::vector<int>& local_ranks = links().topology.local_ranks();
+  std::vector<uint64_t> sizes;
+  for (const int rank : local_ranks) sizes.push_back(send_bytes(rank));
+  if (sizes.size() * sizeof(uint64_t) > RankSlot::kInlineBytes) {
+    throw std::invalid_argument("all_to_all and scatter serve at most " +
+                                std::to_string(RankSlot::kInlineBytes / sizeof(uint64_t)) +
+                                " ranks on one host; there are " + std::to_string(sizes.size()) + ".");
+  }
+  return sizes;
+}
+
+}  // namespace mlsys::comm

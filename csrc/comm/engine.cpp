@@ -1,0 +1,231 @@
+#include "comm/engine.h"
+
+#include <stdexcept>
+
+#include "comm/algorithms/hosts.h"
+#include "core/dtype.h"
+
+namespace mlsys::comm {
+
+static_assert(static_cast<int>(ElementType::kFloat32) == static_cast<int>(DType::kFloat32) &&
+              static_cast<int>(ElementType::kBFloat16) == static_cast<int>(DType::kBFloat16) &&
+              static_cast<int>(ElementType::kInt64) == static_cast<int>(DType::kInt64) &&
+              static_cast<int>(ElementType::kBool) == static_cast<int>(DType::kBool));
+
+namespace {
+
+Options validated(Options options) {
+  if (options.size < 1 || options.rank < 0 || options.rank >= options.size) {
+    throw std::invalid_argument("rank " + std::to_string(options.rank) + " is not in a group of size " +
+                                std::to_string(options.size) + ". Ranks count from 0.");
+  }
+  if (!options.global_ranks.empty() && options.global_ranks.size() != static_cast<size_t>(options.size)) {
+    throw std::invalid_argument(std::to_string(options.global_ranks.size()) +
+                                " global ranks were given for a group of " + std::to_string(options.size) +
+                                ". Give one for each rank, or none.");
+  }
+  return options;
+}
+
+}  // namespace
+
+std::shared_ptr<Communicator> Communicator::create(std::shared_ptr<Store> store, Options options) {
+  return std::make_shared<Engine>(std::move(store), std::move(options));
+}
+
+Engine::Engine(std::shared_ptr<Store> store, Options options)
+    : options_(validated(std::move(options))), store_(std::move(store)) {}
+
+Engine::~Engine() { shutdown(); }
+
+void Engine::expect_open() const {
+  if (shut_down_.load(std::memory_order_acquire)) {
+    throw std::runtime_error("an operation was called on group \"" + options_.group_name +
+                             "\" after it was shut down. Create a new group.");
+  }
+}
+
+void Engine::check_rank(int rank, const char* what) const {
+  if (rank >= 0 && rank < options_.size) return;
+  throw std::invalid_argument(std::string(what) + " " + std::to_string(rank) + " is not in a group of size " +
+                              std::to_string(options_.size) + ". Expected a rank from 0 to " +
+                              std::to_string(options_.size - 1) + ".");
+}
+
+Links& Engine::links() {
+  if (Links* ready = connected_.load(std::memory_order_acquire)) return *ready;
+  const std::lock_guard lock(connecting_);
+  if (links_ == nullptr) {
+    expect_open();
+    (void)arena();
+    links_ = connect(
+        store_, options_, [this] { return shut_down_.load(std::memory_order_acquire); },
+        [this] {
+          if (!shut_down_.load(std::memory_order_acquire)) messenger().start();
+        });
+    connected_.store(links_.get(), std::memory_order_release);
+  }
+  return *links_;
+}
+
+Messenger& Engine::messenger() {
+  const std::lock_guard lock(messaging_);
+  if (messenger_ == nullptr) {
+    expect_open();
+    messenger_ = std::make_unique<Messenger>(options_, [this]() -> Links& { return links(); });
+  }
+  return *messenger_;
+}
+
+std::shared_ptr<Arena> Engine::arena() {
+  const std::lock_guard lock(arena_mutex_);
+  if (arena_ == nullptr) arena_ = Arena::of_process();
+  return arena_;
+}
+
+uint64_t Engine::offset_of(const void* data, size_t bytes) const {
+  const std::lock_guard lock(arena_mutex_);
+  return arena_ == nullptr || data == nullptr ? Descriptor::kNoOffset : arena_->offset_of(data, bytes);
+}
+
+std::shared_ptr<void> Engine::allocate(size_t bytes) { return arena()->allocate(bytes); }
+
+bool Engine::in_arena(const void* data, size_t bytes) const {
+  return offset_of(data, bytes) != Descriptor::kNoOffset;
+}
+
+Descriptor Engine::new_call(OpKind kind, size_t count, int root) const {
+  Descriptor call;
+  call.kind = kind;
+  call.count = count;
+  call.root = root;
+  call.rank = options_.global_ranks.empty() ? options_.rank
+                                            : options_.global_ranks[static_cast<size_t>(options_.rank)];
+  return call;
+}
+
+Descriptor Engine::new_reduction(OpKind kind, size_t count, int root, const Reduction& reduction) const {
+  Descriptor call = new_call(kind, count, root);
+  call.dtype = reduction.dtype;
+  call.reduce_op = reduction.op;
+  call.factor = reduction.factor;
+  return call;
+}
+
+// The order matters. The descriptor is published first, so that others can compare it whatever happens next;
+// then connections are opened, before any wait in shared memory, because only ranks that wait on sockets
+// serve callers.
+Context Engine::begin(Descriptor call, Timeout timeout, std::span<const std::byte> inline_payload) {
+  Links& l = links();
+  call.sequence = sequence_.fetch_add(1, std::memory_order_relaxed) + 1;
+  live_.operations.fetch_add(1, std::memory_order_relaxed);
+  l.faults->check();
+  const auto deadline = Clock::now() + (timeout.count() == 0 ? options_.timeout : timeout);
+  if (!inline_payload.empty()) {
+    copy_bytes(l.team->next_inline_payload(), inline_payload.data(), inline_payload.size());
+  }
+  l.team->arrive(call, deadline);
+  if (l.mesh != nullptr) {
+    l.mesh->begin(call, deadline);
+    const std::vector<int> neighbours = ring_neighbours(l.topology);
+    l.mesh->ensure(neighbours);
+    if (!neighbours.empty()) check_other_hosts(l, neighbours);
+    l.mesh->ensure(tcp_peers(l.topology, call.kind, call.root));
+  }
+  l.team->await_arrival();
+  return {l.topology, *l.faults, *l.team, l.mesh.get(), live_};
+}
+
+// Each leader sends its descriptor to the next host and compares the one from the previous host: unless all
+// are equal, some neighbours differ.
+void Engine::check_other_hosts(const Links& links, const std::vector<int>& neighbours) {
+  const Descriptor mine = links.team->mine();
+  Descriptor theirs;
+  const std::array sends{Outgoing{neighbours[0], &mine, sizeof(mine)}};
+  const std::array receives{Incoming{neighbours[1], &theirs, sizeof(theirs)}};
+  links.mesh->transfer(sends, receives);
+  if (!is_plausible(theirs)) {
+    links.faults->fail_mismatch(
+        "what came from rank " + std::to_string(links.topology.global(neighbours[1])) +
+            " is no operation header: the ranks are out of step in " + describe(mine) + ".",
+        mine);
+  }
+  if (!same_operation(mine, theirs)) links.faults->fail_mismatch(describe_mismatch(mine, theirs), mine);
+}
+
+std::shared_ptr<Request> Engine::send(const void* data, size_t bytes, int destination, uint64_t tag) {
+  expect_open();
+  check_rank(destination, "destination");
+  return messenger().send(data, bytes, destination, tag);
+}
+
+std::shared_ptr<Request> Engine::recv(void* data, size_t bytes, int source, uint64_t tag) {
+  expect_open();
+  if (source != kAnySource) check_rank(source, "source");
+  return messenger().receive(data, bytes, source, tag);
+}
+
+Counters Engine::counters() const {
+  Counters counters;
+  counters.operations = live_.operations.load(std::memory_order_relaxed);
+  counters.shm_bytes = live_.shm_bytes.load(std::memory_order_relaxed);
+  counters.zero_copy_operations = live_.zero_copy_operations.load(std::memory_order_relaxed);
+  if (const Links* l = connected_.load(std::memory_order_acquire); l != nullptr && l->mesh != nullptr) {
+    counters.tcp_bytes_sent += l->mesh->bytes_sent();
+    counters.tcp_bytes_received += l->mesh->bytes_received();
+  }
+  const std::lock_guard lock(messaging_);
+  if (messenger_ != nullptr) {
+    counters.shm_bytes += messenger_->local_bytes_received();  // unix sockets, also inside the host
+    counters.tcp_bytes_sent += messenger_->tcp_bytes_sent();
+    counters.tcp_bytes_received += messenger_->tcp_bytes_received();
+  }
+  return counters;
+}
+
+std::string Engine::describe_transports() const {
+  const Links* l = connected_.load(std::memory_order_acquire);
+  if (options_.size == 1) return "one rank: nothing to transport";
+  if (l == nullptr) return "not connected yet";
+  std::string text;
+  for (const std::vector<int>& host : l->topology.hosts) {
+    text += text.empty() ? "" : " | ";
+    text += host.size() == 1 ? "rank" : "ranks";
+    for (const int rank : host) text += " " + std::to_string(l->topology.global(rank));
+    if (host.size() > 1) text += " in shared memory";
+  }
+  return l->topology.num_hosts() == 1
+             ? text
+             : text + "; TCP between these " + std::to_string(l->topology.num_hosts()) + " hosts";
+}
+
+void Engine::poison(const std::string& cause) {
+  if (options_.size == 1 || shut_down_.load(std::memory_order_acquire)) return;
+  if (const Links* l = connected_.load(std::memory_order_acquire)) {
+    Descriptor op;
+    op.sequence = sequence();
+    if (l->team != nullptr) op.kind = l->team->last_kind();
+    l->faults->poison_peer(options_.rank, cause, op);
+    return;
+  }
+  publish_failure(*store_, options_, cause);
+}
+
+void Engine::shutdown() {
+  if (shut_down_.exchange(true, std::memory_order_acq_rel)) return;
+  Links* l = connected_.load(std::memory_order_acquire);
+  if (l != nullptr) {
+    l->faults->close();
+    l->faults->mark_left(options_.rank);
+    l->watch->stop();
+  }
+  {
+    const std::lock_guard lock(messaging_);
+    if (messenger_ != nullptr) messenger_->stop();
+  }
+  if (l == nullptr) return;
+  const std::lock_guard lock(running_);
+  if (l->mesh != nullptr) l->mesh->close();
+}
+
+}  // namespace mlsys::comm

@@ -1,0 +1,86 @@
+// The Communicator: validates calls, numbers and publishes them, and hands them to the algorithms.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "comm/algorithms/context.h"
+#include "comm/bringup/links.h"
+#include "comm/communicator.h"
+#include "comm/p2p/messenger.h"
+
+namespace mlsys::comm {
+
+class Engine final : public Communicator {
+ public:
+  Engine(std::shared_ptr<Store> store, Options options);
+  ~Engine() override;
+
+  void all_reduce(void* data, size_t count, Reduction reduction, Timeout timeout) override;
+  void reduce(void* data, size_t count, Reduction reduction, int root, Timeout timeout) override;
+  void all_gather(const void* input, std::span<void* const> outputs, size_t bytes, Timeout timeout) override;
+  void reduce_scatter(std::span<const void* const> inputs, void* output, size_t count, Reduction reduction,
+                      Timeout timeout) override;
+  void broadcast(void* data, size_t bytes, int root, Timeout timeout) override;
+  void gather(const void* input, std::span<void* const> outputs, size_t bytes, int root,
+              Timeout timeout) override;
+  void scatter(std::span<const void* const> inputs, void* output, size_t bytes, int root,
+               Timeout timeout) override;
+  void all_to_all(std::span<const void* const> inputs, std::span<const size_t> send_bytes,
+                  std::span<void* const> outputs, std::span<const size_t> recv_bytes,
+                  Timeout timeout) override;
+  void barrier(Timeout timeout) override;
+
+  std::shared_ptr<Request> send(const void* data, size_t bytes, int destination, uint64_t tag) override;
+  std::shared_ptr<Request> recv(void* data, size_t bytes, int source, uint64_t tag) override;
+
+  std::shared_ptr<void> allocate(size_t bytes) override;
+  bool in_arena(const void* data, size_t bytes) const override;
+
+  int rank() const override { return options_.rank; }
+  int size() const override { return options_.size; }
+  uint64_t sequence() const override { return sequence_.load(std::memory_order_relaxed); }
+  Counters counters() const override;
+  std::string describe_transports() const override;
+  void poison(const std::string& cause) override;
+  void shutdown() override;
+
+ private:
+  // What a call publishes, without its number.
+  Descriptor new_call(OpKind kind, size_t count, int root) const;
+  Descriptor new_reduction(OpKind kind, size_t count, int root, const Reduction& reduction) const;
+  // Connects if need be, numbers and publishes the call together with `inline_payload` (what small operations
+  // carry beside the descriptor), opens connections, and waits until all ranks of this host agree about the
+  // call.
+  Context begin(Descriptor call, Timeout timeout, std::span<const std::byte> inline_payload);
+  void check_other_hosts(const Links& links, const std::vector<int>& neighbours);
+  void begin_alone();
+  // The sizes that this rank sends to the ranks of its host.
+  std::vector<uint64_t> published_sizes(const std::function<size_t(int)>& send_bytes);
+  Links& links();
+  Messenger& messenger();
+  // Offset in this process's arena, or Descriptor::kNoOffset.
+  uint64_t offset_of(const void* data, size_t bytes) const;
+  std::shared_ptr<Arena> arena();
+  void check_rank(int rank, const char* what) const;
+  void expect_open() const;
+
+  const Options options_;
+  const std::shared_ptr<Store> store_;
+  mutable std::mutex arena_mutex_;
+  std::shared_ptr<Arena> arena_;  // of the process, from the first allocation or operation on
+  std::mutex connecting_;         // held while links_ is built
+  std::unique_ptr<Links> links_;
+  std::atomic<Links*> connected_{nullptr};  // links_ once it is complete
+  std::atomic<bool> shut_down_{false};
+  std::mutex running_;            // held by a collective, so that shutdown() closes nothing under it
+  mutable std::mutex messaging_;  // guards messenger_
+  std::unique_ptr<Messenger> messenger_;
+  std::atomic<uint64_t> sequence_{0};
+  LiveCounters live_;
+};
+
+}  // namespace mlsys::comm

@@ -1,0 +1,83 @@
+// The fault state of one communicator: the poison record, who has left, and the descriptors that wake
+// sleepers.
+//
+// The first failure that a host learns of is written once into the control block's poison record; everything
+// that waits there polls it. Ranks are woken in three ways: futex sleepers by a wake on every counter, the
+// watch thread of each local rank by its doorbell, and whoever sits in poll() by the abort descriptor, which
+// the watch thread (or whoever wrote the record in this process) raises and nobody ever lowers.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "comm/local/control_block.h"
+#include "comm/operation.h"
+#include "comm/topology.h"
+#include "memory/posix.h"
+
+namespace mlsys::comm {
+
+struct Poison {
+  PoisonKind kind = PoisonKind::kPeerFailed;
+  int rank = -1;  // global
+  int64_t pid = 0;
+  uint64_t sequence = 0;
+  std::string host;
+  std::string op;
+  std::string cause;
+};
+
+class Faults {
+ public:
+  // `doorbells` has one eventfd per local rank, this rank's own among them.
+  Faults(const Topology& topology, const ControlBlock& block, std::vector<UniqueFd> doorbells);
+
+  bool poisoned() const { return block_.poison().state.load(std::memory_order_acquire) == 2; }
+  // Throws when the group is poisoned, or this rank is shutting down.
+  void check() const {
+    if (poisoned() || closing_.load(std::memory_order_acquire)) [[unlikely]]
+      throw_poison();
+  }
+  // Ends the waits of this process alone.
+  void close() const;
+  [[noreturn]] void throw_poison() const;
+  Poison record() const;
+
+  // Writes the record unless there is one already, and wakes everything on this host.
+  void poison(const Poison& poison) const;
+  // The same with group rank `culprit`, whose host and pid come from the topology.
+  void poison_peer(int culprit, const std::string& cause, const Descriptor& op) const;
+  // Poisons with a mismatch and throws it.
+  [[noreturn]] void fail_mismatch(const std::string& text, const Descriptor& op) const;
+  // `culprit` has left in good order but is still needed.
+  [[noreturn]] void fail_left(int culprit, const Descriptor& op) const;
+
+  bool has_left(int rank) const { return block_.left(rank).load(std::memory_order_acquire) != 0; }
+  void mark_left(int rank) const;
+
+  // Something went away without a word. Gives the watch threads a moment to name the root cause, then blames
+  // `culprit`. Throws always.
+  [[noreturn]] void lost(int culprit, const std::string& cause, const Descriptor& op) const;
+
+  int abort_fd() const { return abort_.get(); }
+  int doorbell_fd() const { return doorbells_[topology_.local_index()].get(); }
+  void raise_abort() const;
+  void ring_doorbells() const;
+  void wake_futexes() const;
+
+ private:
+  const Topology& topology_;
+  const ControlBlock& block_;
+  std::vector<UniqueFd> doorbells_;
+  UniqueFd abort_;
+  mutable std::atomic<bool> closing_{false};
+};
+
+UniqueFd make_eventfd();
+void raise_eventfd(int fd);
+void drain_eventfd(int fd);
+
+}  // namespace mlsys::comm

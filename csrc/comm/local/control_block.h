@@ -1,0 +1,86 @@
+// The shared-memory control block of one host: a slot per local rank, the poison record, who has left, and
+// the buffers through which private memory is staged.
+//
+// It lives in one memfd that the host's leader makes and passes to the others. Fresh memory is zero and every
+// field starts at zero, so nothing is constructed in it. Counters only grow (they wrap; comparisons are by
+// signed difference). Each counter has its own cache lines: one line that its owner writes, and one with the
+// number of sleepers, which waiters write.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "comm/operation.h"
+#include "memory/posix.h"
+
+namespace mlsys::comm {
+
+static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free);
+
+struct alignas(64) SharedCounter {
+  std::atomic<uint32_t> value;
+  alignas(64) std::atomic<uint32_t> num_sleepers;
+};
+
+enum class PoisonKind : uint32_t { kPeerFailed = 1, kMismatch = 2 };
+
+struct PoisonRecord {
+  static constexpr size_t kCauseBytes = 2048;
+  std::atomic<uint32_t> state;  // 0 empty, 1 being written, 2 complete
+  PoisonKind kind;
+  int32_t rank;  // global, -1 unknown
+  int64_t pid;
+  uint64_t sequence;
+  char host[128];
+  char op[128];
+  char cause[kCauseBytes];
+};
+
+struct alignas(64) RankSlot {
+  static constexpr size_t kInlineBytes = 4096;
+  SharedCounter arrived;  // descriptors published
+  SharedCounter first;    // two progress counters for the steps inside an operation
+  SharedCounter second;
+  alignas(64) Descriptor descriptors[2];  // by parity of the arrival
+  alignas(64) std::byte inline_payload[2][kInlineBytes];
+};
+
+class ControlBlock {
+ public:
+  // Per local rank: two input and two output tiles.
+  static constexpr size_t kTileBytes = 256 << 10;
+  static constexpr size_t kStageBytes = 4 * kTileBytes;
+  // Per host: where leaders exchange with other hosts.
+  static constexpr size_t kScratchBytes = 16 << 20;
+
+  static size_t bytes_for(int local_size, int world_size);
+  static UniqueFd make(int local_size, int world_size);
+
+  // Throws when the file is smaller than these sizes need.
+  ControlBlock(const UniqueFd& fd, int local_size, int world_size);
+
+  PoisonRecord& poison() const { return *reinterpret_cast<PoisonRecord*>(at(0)); }
+  // Nonzero once group rank `rank` has left in good order.
+  std::atomic<uint32_t>& left(int rank) const {
+    return reinterpret_cast<std::atomic<uint32_t>*>(at(left_offset_))[rank];
+  }
+  RankSlot& slot(int local) const { return reinterpret_cast<RankSlot*>(at(slots_offset_))[local]; }
+  std::byte* stage(int local) const { return at(stages_offset_ + local * kStageBytes); }
+  std::byte* scratch() const { return at(scratch_offset_); }
+  int local_size() const { return local_size_; }
+  int world_size() const { return world_size_; }
+
+ private:
+  std::byte* at(size_t offset) const { return mapping_.data() + offset; }
+
+  int local_size_;
+  int world_size_;
+  size_t left_offset_ = 0;
+  size_t slots_offset_ = 0;
+  size_t stages_offset_ = 0;
+  size_t scratch_offset_ = 0;
+  Mapping mapping_;
+};
+
+}  // namespace mlsys::comm

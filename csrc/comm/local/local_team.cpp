@@ -1,0 +1,162 @@
+#include "comm/local/local_team.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "comm/local/futex.h"
+
+namespace mlsys::comm {
+namespace {
+
+// A futex sleep is bounded so that a wake-up lost with a killed process costs no more than this.
+constexpr std::chrono::milliseconds kLongestSleep{50};
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+inline bool reached(uint32_t value, uint32_t target) { return static_cast<int32_t>(value - target) >= 0; }
+
+}  // namespace
+
+LocalTeam::LocalTeam(const Topology& topology, const ControlBlock& block, const Faults& faults,
+                     std::vector<std::byte*> arenas, std::vector<size_t> arena_bytes)
+    : topology_(topology),
+      block_(block),
+      faults_(faults),
+      arenas_(std::move(arenas)),
+      arena_bytes_(std::move(arena_bytes)),
+      index_(topology.local_index()),
+      size_(topology.local_size()) {
+  // With a core for every rank, spinning is the fastest; with fewer, it keeps the awaited rank from running.
+  const long cores = ::sysconf(_SC_NPROCESSORS_ONLN);
+  const bool crowded = cores < size_;
+  num_spins_ = crowded ? 20 : 2000;
+  num_yields_ = crowded ? 4 : 100;
+}
+
+std::byte* LocalTeam::next_inline_payload() const {
+  return block_.slot(index_).inline_payload[(arrivals_ + 1) & 1];
+}
+
+void LocalTeam::arrive(const Descriptor& descriptor, Clock::time_point deadline) {
+  deadline_ = deadline;
+  last_kind_.store(descriptor.kind, std::memory_order_relaxed);
+  for (Counter counter : {kFirst, kSecond}) {
+    base_[counter] += signals_[counter];
+    signals_[counter] = 0;
+  }
+  ++arrivals_;
+  RankSlot& slot = block_.slot(index_);
+  slot.descriptors[arrivals_ & 1] = descriptor;
+  slot.arrived.value.store(arrivals_, std::memory_order_seq_cst);
+  if (slot.arrived.num_sleepers.load(std::memory_order_seq_cst) != 0) futex_wake_all(slot.arrived.value);
+}
+
+void LocalTeam::await_arrival() {
+  for (int local = 0; local < size_; ++local) {
+    if (local != index_) wait_for(block_.slot(local).arrived, arrivals_, local);
+  }
+  for (int local = 0; local < size_; ++local) {
+    if (!same_operation(mine(), descriptor(local))) {
+      faults_.fail_mismatch(describe_mismatch(mine(), descriptor(local)), mine());
+    }
+  }
+}
+
+const Descriptor& LocalTeam::descriptor(int local) const {
+  return block_.slot(local).descriptors[arrivals_ & 1];
+}
+
+const std::byte* LocalTeam::inline_payload(int local) const {
+  return block_.slot(local).inline_payload[arrivals_ & 1];
+}
+
+std::byte* LocalTeam::published(int local, uint64_t offset, size_t bytes) const {
+  if (offset == Descriptor::kNoOffset) return nullptr;
+  if (bytes > arena_bytes_[local] || offset > arena_bytes_[local] - bytes) {
+    faults_.fail_mismatch("rank " + std::to_string(descriptor(local).rank) + " published offset " +
+                              std::to_string(offset) + " of its arena for " + std::to_string(bytes) +
+                              " bytes, but the arena has " + std::to_string(arena_bytes_[local]) + " bytes.",
+                          mine());
+  }
+  return arenas_[local] + offset;
+}
+
+SharedCounter& LocalTeam::counter_of(Counter counter, int local) const {
+  RankSlot& slot = block_.slot(local);
+  return counter == kFirst ? slot.first : slot.second;
+}
+
+void LocalTeam::signal(Counter counter) {
+  SharedCounter& shared = counter_of(counter, index_);
+  ++signals_[counter];
+  shared.value.store(base_[counter] + signals_[counter], std::memory_order_seq_cst);
+  if (shared.num_sleepers.load(std::memory_order_seq_cst) != 0) futex_wake_all(shared.value);
+}
+
+void LocalTeam::await(Counter counter, int local, uint32_t n) const {
+  if (local != index_) wait_for(counter_of(counter, local), base_[counter] + n, local);
+}
+
+void LocalTeam::await_all(Counter counter, uint32_t n) const {
+  for (int local = 0; local < size_; ++local) await(counter, local, n);
+}
+
+// First spin, because the others are usually microseconds away; then let others run; then sleep on the
+// counter.
+void LocalTeam::wait_for(const SharedCounter& counter, uint32_t target, int local) const {
+  for (int spin = 0; spin < num_spins_; ++spin) {
+    if (reached(counter.value.load(std::memory_order_acquire), target)) return;
+    pause_cpu();
+  }
+  auto& sleepers = const_cast<SharedCounter&>(counter).num_sleepers;
+  for (int round = 0;; ++round) {
+    const uint32_t value = counter.value.load(std::memory_order_seq_cst);
+    if (reached(value, target)) return;
+    faults_.check();
+    const int rank = topology_.local_ranks()[local];
+    // Read again after the flag: what a rank signalled before it left still counts.
+    if (faults_.has_left(rank) && !reached(counter.value.load(std::memory_order_seq_cst), target)) {
+      faults_.fail_left(rank, mine());
+    }
+    if (round < num_yields_) {
+      ::sched_yield();
+      continue;
+    }
+    const auto now = Clock::now();
+    if (now >= deadline_) time_out(local);
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline_ - now);
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    futex_wait(counter.value, value, std::min(left, kLongestSleep));
+    sleepers.fetch_sub(1, std::memory_order_seq_cst);
+  }
+}
+
+void LocalTeam::time_out(int local) const {
+  std::string absent, others;
+  for (int peer = 0; peer < size_; ++peer) {
+    const RankSlot& slot = block_.slot(peer);
+    const uint32_t arrived = slot.arrived.value.load(std::memory_order_acquire);
+    const Descriptor last = slot.descriptors[arrived & 1];
+    const int global = topology_.global(topology_.local_ranks()[peer]);
+    const std::string line = " rank " + std::to_string(global) + " last called " +
+                             (arrived == 0 ? "nothing" : describe(last)) + ";";
+    (reached(arrived, arrivals_) ? others : absent) += line;
+  }
+  const int awaited = topology_.global(topology_.local_ranks()[local]);
+  std::string text = "rank " + std::to_string(mine().rank) + " timed out in " + describe(mine()) +
+                     " waiting for rank " + std::to_string(awaited) + ".";
+  if (!absent.empty()) text += " Not arrived:" + absent;
+  if (!others.empty()) text += " Arrived:" + others;
+  text.back() = '.';
+  throw TimedOut(text);
+}
+
+}  // namespace mlsys::comm

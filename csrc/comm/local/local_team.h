@@ -1,0 +1,87 @@
+// The ranks of one host, as seen by one of them: publishing operations, waiting for one another, and reaching
+// one another's memory. All algorithms inside a host are written against this class.
+//
+// Every collective begins with arrive() and await_arrival(): each rank publishes its descriptor and waits for
+// all others', which is a barrier. Hence, once await_arrival() returns, every local rank has finished the
+// operation before this one, and staging buffers are free again. Descriptors and inline payloads are kept
+// twice, by parity, because a rank may publish its next operation while a slow one still reads this one.
+//
+// The two progress counters are for steps inside an operation. All ranks of a host signal each counter the
+// same number of times in an operation, so waiting is for "the n-th signal since the operation began".
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "comm/fault/faults.h"
+#include "comm/local/control_block.h"
+#include "comm/topology.h"
+
+namespace mlsys::comm {
+
+using Clock = std::chrono::steady_clock;
+
+class LocalTeam {
+ public:
+  enum Counter { kFirst, kSecond };
+
+  // `arenas` holds each local rank's arena mapped here (this rank's own entry is its own base).
+  LocalTeam(const Topology& topology, const ControlBlock& block, const Faults& faults,
+            std::vector<std::byte*> arenas, std::vector<size_t> arena_bytes);
+
+  int index() const { return index_; }
+  int size() const { return size_; }
+
+  // Where a payload of at most RankSlot::kInlineBytes goes before arrive().
+  std::byte* next_inline_payload() const;
+  void arrive(const Descriptor& descriptor, Clock::time_point deadline);
+  // Waits for all and throws Mismatch when they disagree. Leaves the team poisoned then.
+  void await_arrival();
+
+  OpKind last_kind() const { return last_kind_.load(std::memory_order_relaxed); }
+  const Descriptor& mine() const { return descriptor(index_); }
+  const Descriptor& descriptor(int local) const;
+  const std::byte* inline_payload(int local) const;
+  Clock::time_point deadline() const { return deadline_; }
+
+  // Where `bytes` at a published offset of a local rank's arena lie here; nullptr when that rank published
+  // none. Throws Mismatch when the range is not inside that arena.
+  std::byte* published(int local, uint64_t offset, size_t bytes) const;
+
+  void signal(Counter counter);
+  // Waits until `local` has signalled `counter` `n` times in this operation.
+  void await(Counter counter, int local, uint32_t n) const;
+  void await_all(Counter counter, uint32_t n) const;
+  void barrier() {
+    signal(kFirst);
+    await_all(kFirst, signals_[kFirst]);
+  }
+
+  std::byte* stage(int local) const { return block_.stage(local); }
+  std::byte* scratch() const { return block_.scratch(); }
+
+ private:
+  SharedCounter& counter_of(Counter counter, int local) const;
+  void wait_for(const SharedCounter& counter, uint32_t target, int local) const;
+  [[noreturn]] void time_out(int local) const;
+
+  const Topology& topology_;
+  const ControlBlock& block_;
+  const Faults& faults_;
+  std::vector<std::byte*> arenas_;
+  std::vector<size_t> arena_bytes_;
+  int index_;
+  int size_;
+  int num_spins_;
+  int num_yields_;
+  uint32_t arrivals_ = 0;
+  uint32_t base_[2] = {0, 0};                     // counter values when the operation began
+  uint32_t signals_[2] = {0, 0};                  // signals of this rank in the operation
+  std::atomic<OpKind> last_kind_{OpKind::kNone};  // read by other threads
+  Clock::time_point deadline_;
+};
+
+}  // namespace mlsys::comm
