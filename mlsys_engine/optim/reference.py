@@ -1,7 +1,6 @@
-"""Slow, obvious float64 versions of every native rule and of the norm's order: what the kernels are tested against.
+"""Slow, obvious float64 versions of every native rule and of the norm's order, for tests.
 
-Written from the papers and from torch's documentation, one step of one tensor at a time. Nothing in training uses
-them.
+Written from the papers and from torch's documentation, one step of one tensor at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS
@@ -52,7 +50,7 @@ REFERENCES: dict[str, Callable[[Tensor, Tensor, State, MutableMapping[str, Any]]
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
-    """The sum that the kernel must give bit for bit: chunks, lanes, a tree over lanes, then chunk after chunk."""
+    """The sum that the kernel must give bit for bit: chunks, lanes, a tree of lanes, then chunk by chunk."""
     total = 0.0
     for tensor in tensors:
         for chunk in tensor.reshape(-1).double().square().split(CHUNK_ELEMENTS):
@@ -64,8 +62,3 @@ def sum_of_squares(tensors: list[Tensor]) -> float:
                 lanes = [lanes[i] + lanes[i + half] for i in range(half)]
             total += lanes[0]
     return total
-
-
-def as_double(tensor: Tensor) -> Tensor:
-    """A float64 copy outside autograd."""
-    return tensor.detach().to(torch.float64).clone()

@@ -1,0 +1,52 @@
+"""Devices without native kernels: torch's own implementation steps them, announced once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from mlsys_engine.optim import base, device_steps, norms
+from tests.optim.variants import error_bound, every_variant, gradients_for, make
+
+
+@pytest.fixture
+def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (base, device_steps, norms):
+        monkeypatch.setattr(module, "is_native", lambda device: False)
+
+
+@pytest.mark.usefixtures("no_native_kernels")
+@pytest.mark.parametrize(("name", "variant"), every_variant())
+def test_torch_path_agrees_with_the_kernels_and_is_announced_once(
+    name: str, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = [torch.nn.Parameter(torch.ones(7)), torch.nn.Parameter(torch.ones(3, 4))]
+    native = copy.deepcopy(slow)
+    optimizer, kernels = make(name, slow, variant), make(name, native, variant)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            for number, (a, b) in enumerate(zip(slow, native, strict=True)):
+                a.grad = gradients_for(a.shape, 1, seed=step * 10 + number)[0]
+                b.grad = a.grad.clone()
+            optimizer.step_scaled(grad_scale=0.5)
+            optimizer.step_scaled(skip=torch.tensor(True))
+            with monkeypatch.context() as patch:
+                patch.setattr(device_steps, "is_native", lambda device: True)
+                patch.setattr(base, "is_native", lambda device: True)
+                kernels.step_scaled(grad_scale=0.5)
+    assert sum("no native kernels for cpu" in str(warning.message) for warning in caught) == 1
+    bound = error_bound(name, optimizer.param_groups[0], steps=4, smallest=0.25, largest=1.0, parameter=2.0)
+    for a, b in zip(slow, native, strict=True):
+        assert ((a - b).abs() <= 2 * bound).all()
+    assert optimizer.state_dict()["state"].keys() == kernels.state_dict()["state"].keys()
+
+
+@pytest.mark.usefixtures("no_native_kernels")
+def test_norm_on_the_torch_path_sums_all_gradients() -> None:
+    tensors = [torch.full((3,), 2.0), torch.full((2, 2), 3.0)]
+    assert norms.sum_of_squares(tensors).item() == pytest.approx(48.0, rel=8 * 2.0**-53)
