@@ -60,12 +60,12 @@ class PrintLosses:
 def main() -> None:
     options = parse_arguments()
     world = mls.init()
+    corpus = mls.data.stdlib_corpus(max_bytes=1 << 20)
+    samples = mls.data.TokenDataset(corpus.train, context_length=63)  # windows of 64 bytes, labels included
     torch.manual_seed(options.seed)
     model = mls.models.GPT(
         mls.models.GPTConfig(context_length=64, num_layers=2, width=64, dropout=options.dropout)
     )
-    corpus = mls.data.stdlib_corpus(max_bytes=1 << 20)
-    samples = mls.data.TokenDataset(corpus.train, context_length=64)
     trainer = mls.Trainer(
         model,
         optimizer=partial(mls.optim.AdamW, lr=3e-3),
