@@ -1,4 +1,4 @@
-"""Stopping at a step boundary that all ranks agree on: for SIGTERM and SIGINT, and for callbacks.
+"""Stopping at a step boundary that all ranks agree on: for signals and for callbacks.
 
 A launcher signals its ranks one after the other, or only one of them, so a rank that simply stopped would
 leave the others waiting in a collective. Each rank therefore notes its own request, and one int32 is max-
@@ -24,7 +24,9 @@ NO_STOP = 0
 STOP_BY_CALLBACK = 1
 _SIGNAL_BASE = 100
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGUSR1 is what Open MPI's mpirun passes on to its ranks (SIGTERM there leaves them a quarter of a second), and
+# what Slurm's --signal is used with. It is watched only where the program has no use for it itself.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches a rank twice, from the terminal and from its launcher: within this time the two
 # are one request.
 _SAME_REQUEST_S = 1.0
@@ -58,10 +60,10 @@ class Control:
 
 
 class SignalWatch:
-    """While entered, turns the first SIGTERM or SIGINT into a request of `control`; a second one kills.
+    """While entered, turns the first SIGTERM, SIGINT or SIGUSR1 into a request of `control`.
 
-    The handlers that were there before are restored on leaving. Outside the main thread, where Python allows
-    no handlers, it does nothing.
+    A second signal kills. The handlers that were there before are restored on leaving. Outside the main
+    thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self, control: Control) -> None:
@@ -72,6 +74,8 @@ class SignalWatch:
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
+                if number == signal.SIGUSR1 and signal.getsignal(number) != signal.SIG_DFL:
+                    continue
                 self._former[number] = signal.signal(number, self._on_signal)
         return self
 

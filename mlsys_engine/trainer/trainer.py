@@ -109,14 +109,13 @@ class Trainer:
         resume: str | Path | bool | None = "auto",
         record: Mapping[str, Any] | None = None,
     ) -> FitResult:
-        """Trains until `max_steps` optimizer steps or `epochs` passes, whichever comes first, counted from
-        zero.
+        """Trains to `max_steps` optimizer steps or `epochs` passes, counted from zero, whichever comes first.
 
         Evaluates every `eval_every` steps and at the end; saves every `save_every` steps and at the end, and
-        always before leaving on SIGTERM or SIGINT (then raising TrainingInterrupted, a SystemExit with status
-        128 + signal). resume="auto" goes on from the newest checkpoint in run_dir, a path from that one, None
-        starts anew. `record` adds to the run's record: "baselines", "data" (a manifest; {"unit": "byte"}
-        makes evaluations report bits per byte) and "config".
+        always before leaving on SIGTERM, SIGINT or SIGUSR1 (then raising TrainingInterrupted, a SystemExit
+        with status 128 + signal). resume="auto" goes on from the newest checkpoint in run_dir, a path from
+        that one, None starts anew. `record` adds to the run's record: "baselines", "config" and "data" (a
+        manifest; {"unit": "byte"} makes evaluations report bits per byte).
         """
         options = FitOptions.checked(
             max_steps=max_steps,

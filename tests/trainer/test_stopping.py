@@ -26,12 +26,25 @@ def _handlers() -> tuple[Any, Any]:
     return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_becomes_a_request(number: signal.Signals) -> None:
     control = Control()
     with SignalWatch(control):
         signal.raise_signal(number)
     assert signal_of(control.request) == number
+
+
+def test_a_program_that_uses_sigusr1_itself_keeps_it() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    control = Control()
+    try:
+        with SignalWatch(control):
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert received == [signal.SIGUSR1]
+    assert control.request == NO_STOP
 
 
 def test_the_former_handlers_come_back_also_after_an_exception() -> None:
