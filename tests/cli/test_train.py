@@ -130,10 +130,16 @@ def test_training_on_two_ranks_leaves_the_record_that_was_promised(tmp_path: Pat
     ElementTree.parse(folder / "loss.svg")
     assert [row["step"] for row in read_run(folder).read_metrics().rows if "loss" in row] == [1, 2, 3, 4]
 
+
+@pytest.mark.slow
+def test_a_run_is_resumed_by_its_record_and_its_json_stands_alone_on_stdout(tmp_path: Path) -> None:
+    done = _mlsys("train", "--ranks", "2", "--steps", "4", *_SMALL, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
     again = _mlsys("train", "--resume", "latest", "--steps", "6", "--json", folder=tmp_path)
     assert again.returncode == 0, again.stderr
     resumed = json.loads(again.stdout)
-    assert (resumed["id"], resumed["steps"], resumed["world_size"]) == (run["id"], 6, 2)
+    assert (resumed["id"], resumed["steps"], resumed["world_size"]) == (folder.name, 6, 2)
     assert resumed["manifest"]["config"]["settings"]["model"]["width"] == 16
     steps = [row["step"] for row in read_run(folder).read_metrics().rows if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -185,6 +191,7 @@ def test_a_corrupt_checkpoint_is_told_once_with_status_2(tmp_path: Path) -> None
     assert "Traceback" not in again.stderr and again.stderr.count(largest.name) == 1
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_rank_shows_its_traceback_once_and_ends_all_ranks(tmp_path: Path) -> None:
     """The bug is planted in the ranks alone: their interpreters import this module at the start."""
     (tmp_path / "sitecustomize.py").write_text(

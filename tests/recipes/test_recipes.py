@@ -37,7 +37,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "train.tokens"
-    write_token_file(path, np.arange(4000) % 251)
+    write_token_file(path, np.arange(8000) % 251)
     return path
 
 
@@ -110,8 +110,8 @@ def test_validation_windows_are_spread_over_the_whole_file(token_file: Path) -> 
 def test_training_and_validation_of_one_token_file_do_not_overlap(token_file: Path) -> None:
     run = _small("gpt-file", token_file).build()
     manifest = run.data_manifest
-    assert manifest["train_tokens"] + manifest["validation_tokens"] == 4000
-    assert manifest["validation_tokens"] == 200
+    assert manifest["train_tokens"] + manifest["validation_tokens"] == 8000
+    assert manifest["validation_tokens"] == 400
 
 
 def test_a_missing_token_file_is_refused_before_training(tmp_path: Path) -> None:
