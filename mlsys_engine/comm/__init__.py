@@ -1,1 +1,50 @@
+"""The collectives: importing this registers the c10d backend "mlsys".
 
+`torch.distributed.init_process_group("mlsys")` is then all that DDP, FSDP2, DTensor and DCP need for CPU
+tensors (CUDA tensors are refused in words). The functions here are torch.distributed's, plus `empty` (tensors
+in shared memory), `counters` and `poison`. Nothing is opened, started or loaded before a group is created.
+"""
+
+from mlsys_engine.comm.arena import empty, in_arena
+from mlsys_engine.comm.backend import register
+from mlsys_engine.comm.counters import Counters, counters, describe_transports
+from mlsys_engine.comm.faults import poison
+from mlsys_engine.comm.functional import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    barrier,
+    broadcast,
+    gather,
+    recv,
+    reduce,
+    reduce_scatter,
+    scatter,
+    send,
+)
+from mlsys_engine.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerFailedError
+
+__all__ = [
+    "CollectiveMismatchError",
+    "CollectiveTimeoutError",
+    "Counters",
+    "PeerFailedError",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "counters",
+    "describe_transports",
+    "empty",
+    "gather",
+    "in_arena",
+    "poison",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
+]
+
+register()

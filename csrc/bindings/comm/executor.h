@@ -1,0 +1,62 @@
+// Runs one group's collectives one at a time, in the order of the calls. Knows neither torch nor Python.
+//
+// A task receives a null exception when it shall run and the reason when it shall not (the group has ended).
+// The thread starts with the first task that needs it, never in the constructor, so an unused group may be
+// forked.
+//
+// Two callers run tasks themselves instead of the thread:
+//  - a caller that would wait at once anyway, when nothing is queued (saves two thread switches);
+//  - a completion callback that submits from inside a task: the queue is drained up to and with its task
+//  before
+//    submit returns, because the callback may wait for it and nobody else could run it.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace mlsys::binding {
+
+class Executor {
+ public:
+  using Task = std::function<void(std::exception_ptr refusal)>;
+
+  Executor() : state_(std::make_shared<State>()) {}
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+  ~Executor() { join(); }
+
+  void submit(Task task, bool caller_will_wait);
+
+  // Takes no more tasks, and gives those under way `grace` to finish. False when some are still left.
+  bool close(std::chrono::milliseconds grace);
+  // Refuses what is queued with `reason` and ends the thread; returns when the running task has returned.
+  void stop(std::exception_ptr reason);
+
+ private:
+  struct State {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<Task> queue;
+    bool closed = false;
+    bool stopping = false;
+    std::exception_ptr reason;
+    bool busy = false;       // somebody runs a task
+    std::thread::id runner;  // who, while busy
+  };
+
+  static void work(const std::shared_ptr<State>& state);
+  static void run_next(State& state, std::unique_lock<std::mutex>& lock);
+  void join();
+
+  std::shared_ptr<State>
+      state_;  // the thread holds it too: it outlives an executor destroyed by its own task
+  std::thread thread_;
+};
+
+}  // namespace mlsys::binding

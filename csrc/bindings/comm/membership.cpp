@@ -1,0 +1,39 @@
+#include "bindings/comm/membership.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "bindings/comm/interruptible_store.h"
+
+namespace mlsys::binding {
+
+Membership::Membership(std::shared_ptr<InterruptibleStore> store, comm::Options options)
+    : options_(std::move(options)),
+      store_(std::move(store)),
+      communicator_(comm::Communicator::create(store_, options_)) {}
+
+Membership::~Membership() { leave(std::chrono::milliseconds(0)); }
+
+int Membership::global_rank_of(int group_rank) const {
+  const auto& ranks = options_.global_ranks;
+  const auto index = static_cast<size_t>(group_rank);
+  return group_rank >= 0 && index < ranks.size() ? ranks[index] : group_rank;
+}
+
+void Membership::leave(std::chrono::milliseconds grace) {
+  std::unique_lock lock(leaving_);
+  if (left_) return;
+  left_ = true;
+  if (!executor_.close(grace)) {
+    store_->interrupt();
+    try {
+      communicator_->poison("left the group with collectives under way");
+    } catch (const std::exception&) {
+      // Nobody can be told, because the store or the peers are gone already; leaving must go on.
+    }
+  }
+  communicator_->shutdown();  // before the executor: what blocks its thread fails now
+  executor_.stop(std::make_exception_ptr(std::runtime_error("the process group was shut down")));
+}
+
+}  // namespace mlsys::binding

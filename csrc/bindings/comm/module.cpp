@@ -1,0 +1,80 @@
+// The Python module mlsys_engine.native._comm.
+#include <pybind11/chrono.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings/comm/failures.h"
+#include "bindings/comm/process_group.h"
+#include "bindings/comm/store_adapter.h"
+
+namespace py = pybind11;
+
+namespace mlsys::binding {
+namespace {
+
+// What atexit keeps: ends the membership if it still lives, without keeping it alive.
+struct Farewell {
+  std::weak_ptr<Membership> membership;
+  void say() const {
+    if (const auto alive = membership.lock()) alive->leave(std::chrono::milliseconds(1000));
+  }
+};
+
+c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                                             std::chrono::milliseconds timeout, std::string group_name,
+                                             std::vector<int> global_ranks, std::vector<int> locality,
+                                             std::string job_key) {
+  comm::Options options;
+  options.rank = rank;
+  options.size = size;
+  options.timeout = timeout;
+  options.group_name = std::move(group_name);
+  options.global_ranks = std::move(global_ranks);
+  options.locality = std::move(locality);
+  options.job_key = std::move(job_key);
+  return c10::make_intrusive<ProcessGroupMlsys>(
+      std::make_shared<Membership>(adapt_store(store), std::move(options)));
+}
+
+py::dict counters(const ProcessGroupMlsys& group) {
+  const auto counted = group.membership()->communicator().counters();
+  py::dict result;
+  result["operations"] = counted.operations;
+  result["shm_bytes"] = counted.shm_bytes;
+  result["tcp_bytes_sent"] = counted.tcp_bytes_sent;
+  result["tcp_bytes_received"] = counted.tcp_bytes_received;
+  result["zero_copy_operations"] = counted.zero_copy_operations;
+  return result;
+}
+
+}  // namespace
+}  // namespace mlsys::binding
+
+PYBIND11_MODULE(_comm, m) {
+  using namespace mlsys::binding;
+  const auto c10d = py::module_::import("torch._C._distributed_c10d");  // registers Store and Backend
+  register_translators();
+
+  py::class_<Farewell>(m, "Farewell").def("say", &Farewell::say, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<ProcessGroupMlsys, c10::intrusive_ptr<ProcessGroupMlsys>>(m, "ProcessGroupMlsys",
+                                                                       c10d.attr("Backend"))
+      .def("counters", &counters)
+      .def(
+          "poison",
+          [](ProcessGroupMlsys& group, const std::string& cause) {
+            group.membership()->communicator().poison(cause);
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def("in_arena",
+           [](ProcessGroupMlsys& group, uintptr_t address, size_t bytes) {
+             return group.membership()->communicator().in_arena(reinterpret_cast<const void*>(address),
+                                                                bytes);
+           })
+      .def("describe_transports",
+           [](ProcessGroupMlsys& group) { return group.membership()->communicator().describe_transports(); })
+      .def("farewell", [](ProcessGroupMlsys& group) { return Farewell{group.membership()}; });
+
+  m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),
+        py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
+        py::call_guard<py::gil_scoped_release>());
+}

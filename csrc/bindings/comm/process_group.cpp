@@ -1,0 +1,165 @@
+#include "bindings/comm/process_group.h"
+
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <Python.h>
+#include <c10/util/ParallelGuard.h>
+
+#include <optional>
+#include <utility>
+
+#include "bindings/comm/failures.h"
+#include "bindings/comm/tensors.h"
+#include "bindings/comm/work.h"
+
+namespace mlsys::binding {
+namespace {
+
+using std::chrono::milliseconds;
+
+// Leaving joins threads that may need the GIL to drop a tensor, so whoever waits must not hold it.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+  ~WithoutGil() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
+// A copy in a body must not open a second OpenMP pool on the worker's thread, nor record gradients.
+struct SerialNoGrad {
+  at::NoGradGuard no_grad;
+  c10::ParallelGuard serial{true};
+};
+
+void check_contiguous(const at::Tensor& tensor, const std::string& where) {
+  if (tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg()) return;
+  throw Refused(where + " was given a tensor that is not contiguous.",
+                "Tensors must be contiguous to be sent or received.", "Call .contiguous() first.");
+}
+
+}  // namespace
+
+ProcessGroupMlsys::ProcessGroupMlsys(std::shared_ptr<Membership> membership)
+    : c10d::Backend(membership->options().rank, membership->options().size),
+      membership_(std::move(membership)),
+      timeout_ms_(membership_->options().timeout.count()) {
+  init();
+}
+
+ProcessGroupMlsys::~ProcessGroupMlsys() {
+  const WithoutGil released;
+  membership_->leave(milliseconds(0));
+  membership_.reset();
+}
+
+void ProcessGroupMlsys::shutdown() {
+  const WithoutGil released;
+  membership_->leave(milliseconds(1000));
+}
+
+void ProcessGroupMlsys::abort() {
+  const WithoutGil released;
+  membership_->leave(milliseconds(0));
+}
+
+std::string ProcessGroupMlsys::where(const char* name) const {
+  return "rank " + std::to_string(membership_->global_rank()) + ", " + name + " of group " +
+         membership_->options().group_name;
+}
+
+int ProcessGroupMlsys::checked_root(int64_t root, const std::string& where) const {
+  if (root >= 0 && root < getSize()) return static_cast<int>(root);
+  throw Refused(where + " was given root " + std::to_string(root) + ".",
+                "The group has ranks 0 to " + std::to_string(getSize() - 1) + ".", "Name one of them.");
+}
+
+ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::enqueue(const Call& call, const std::vector<at::Tensor>& inputs,
+                                                      std::vector<at::Tensor> outputs, milliseconds timeout,
+                                                      bool async, Body body) {
+  const uint64_t sequence = ++issued_;
+  auto work = c10::make_intrusive<CollectiveWork>(getRank(), call.type, call.profile_title, inputs,
+                                                  std::move(outputs), where(call.name), sequence);
+  const milliseconds limit = timeout > milliseconds(0) ? timeout : milliseconds(timeout_ms_);
+  // The task keeps the communicator's owner by a plain reference: the membership outlives its executor's
+  // tasks.
+  membership_->executor().submit(
+      [work, limit, body = std::move(body),
+       &group = membership_->communicator()](std::exception_ptr refusal) {
+        std::exception_ptr failure = refusal;
+        if (!refusal) {
+          try {
+            const SerialNoGrad guard;
+            body(group, limit);
+          } catch (...) {
+            failure = std::current_exception();
+          }
+        }
+        work->complete(failure ? for_python(failure, work->where()) : nullptr);
+      },
+      !async);
+  return work;
+}
+
+ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::send(std::vector<at::Tensor>& tensors, int destination,
+                                                   int tag) {
+  constexpr Call kCall{c10d::OpType::SEND, "send", "mlsys:send"};
+  const auto here = where(kCall.name);
+  const auto& tensor = the_one(tensors, here);
+  check_contiguous(tensor, here);
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  auto request =
+      membership_->communicator().send(tensor.const_data_ptr(), bytes, checked_root(destination, here), tag);
+  return c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor, here,
+                                               milliseconds(timeout_ms_), std::move(request));
+}
+
+ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::receive(const Call& call, std::vector<at::Tensor>& tensors,
+                                                      int source, int tag) {
+  const auto here = where(call.name);
+  const auto& tensor = the_one(tensors, here);
+  check_contiguous(tensor, here);
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  auto request = membership_->communicator().recv(tensor.mutable_data_ptr(), bytes, source, tag);
+  return c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor, here,
+                                               milliseconds(timeout_ms_), std::move(request));
+}
+
+ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::recv(std::vector<at::Tensor>& tensors, int source, int tag) {
+  constexpr Call kCall{c10d::OpType::RECV, "recv", "mlsys:recv"};
+  return receive(kCall, tensors, checked_root(source, where(kCall.name)), tag);
+}
+
+ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::recvAnysource(std::vector<at::Tensor>& tensors, int tag) {
+  constexpr Call kCall{c10d::OpType::RECVANYSOURCE, "recv from any source", "mlsys:recvAnySource"};
+  return receive(kCall, tensors, comm::Communicator::kAnySource, tag);
+}
+
+bool ProcessGroupMlsys::supportsTensorAlloc(c10::DeviceIndex device) {
+  return device < 0;  // CPU devices have no index; the arena is host memory
+}
+
+at::Tensor ProcessGroupMlsys::allocateTensor(long size, at::TensorOptions options) {
+  const auto here = where("allocate_tensor");
+  if (!options.device().is_cpu()) {
+    throw Refused(here + " was asked for memory on " + options.device().str() + ".",
+                  "The shared arena is host memory.", "Ask for a CPU tensor.");
+  }
+  const size_t bytes = size * options.dtype().itemsize();
+  std::shared_ptr<void> memory;
+  try {
+    memory = membership_->communicator().allocate(bytes);
+  } catch (const std::bad_alloc& e) {
+    TORCH_WARN(here, ": ", e.what(), "; private memory is used instead, which costs each collective a copy.");
+    return at::zeros({size}, options);
+  }
+  auto* data = memory.get();
+  return at::from_blob(data, {size}, [memory = std::move(memory)](void*) {}, options);
+}
+
+}  // namespace mlsys::binding

@@ -1,0 +1,98 @@
+// The c10d::Backend named "mlsys": what torch.distributed, DDP, FSDP2, DTensor and DCP call.
+//
+// Every virtual checks its tensors on the caller's thread, then hands a body to the membership's executor,
+// which runs the group's collectives one at a time in call order. Nothing falls through to another library:
+// what is not overridden here raises with its name, as c10d::Backend does.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <vector>
+
+#include "bindings/comm/bodies.h"
+#include "bindings/comm/membership.h"
+
+namespace mlsys::binding {
+
+class ProcessGroupMlsys final : public c10d::Backend {
+ public:
+  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+  using TensorLists = std::vector<std::vector<at::Tensor>>;
+
+  explicit ProcessGroupMlsys(std::shared_ptr<Membership> membership);
+  ~ProcessGroupMlsys() override;
+
+  const std::string getBackendName() const override { return "mlsys"; }
+
+  // process_group_reduce.cpp
+  WorkPtr allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override;
+  WorkPtr allreduce_coalesced(std::vector<at::Tensor>& tensors,
+                              const c10d::AllreduceCoalescedOptions& options) override;
+  WorkPtr reduce(std::vector<at::Tensor>& tensors, const c10d::ReduceOptions& options) override;
+  WorkPtr reduce_scatter(std::vector<at::Tensor>& outputs, TensorLists& inputs,
+                         const c10d::ReduceScatterOptions& options) override;
+  WorkPtr _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                               const c10d::ReduceScatterOptions& options) override;
+  WorkPtr reduce_scatter_tensor_coalesced(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
+                                          const c10d::ReduceScatterOptions& options) override;
+
+  // process_group_move.cpp
+  WorkPtr broadcast(std::vector<at::Tensor>& tensors, const c10d::BroadcastOptions& options) override;
+  WorkPtr allgather(TensorLists& outputs, std::vector<at::Tensor>& inputs,
+                    const c10d::AllgatherOptions& options) override;
+  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input,
+                          const c10d::AllgatherOptions& options) override;
+  WorkPtr allgather_coalesced(TensorLists& outputs, std::vector<at::Tensor>& inputs,
+                              const c10d::AllgatherOptions& options) override;
+  WorkPtr allgather_into_tensor_coalesced(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
+                                          const c10d::AllgatherOptions& options) override;
+  WorkPtr gather(TensorLists& outputs, std::vector<at::Tensor>& inputs,
+                 const c10d::GatherOptions& options) override;
+  WorkPtr scatter(std::vector<at::Tensor>& outputs, TensorLists& inputs,
+                  const c10d::ScatterOptions& options) override;
+  WorkPtr alltoall(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
+                   const c10d::AllToAllOptions& options) override;
+  WorkPtr alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits,
+                        std::vector<int64_t>& input_splits, const c10d::AllToAllOptions& options) override;
+  WorkPtr barrier(const c10d::BarrierOptions& options) override;
+  void monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) override;
+
+  // process_group.cpp
+  WorkPtr send(std::vector<at::Tensor>& tensors, int destination, int tag) override;
+  WorkPtr recv(std::vector<at::Tensor>& tensors, int source, int tag) override;
+  WorkPtr recvAnysource(std::vector<at::Tensor>& tensors, int tag) override;
+
+  bool supportsTensorAlloc(c10::DeviceIndex device) override;
+  at::Tensor allocateTensor(long size, at::TensorOptions options) override;
+
+  void setTimeout(std::chrono::milliseconds timeout) override { timeout_ms_ = timeout.count(); }
+  void setSequenceNumberForGroup() override {}  // counts from zero on all ranks: nothing to agree on
+  uint64_t getSequenceNumberForGroup() override { return issued_; }
+  // Gives operations under way a second to finish; then, and in abort at once, they fail.
+  void shutdown() override;
+  void abort() override;
+
+  const std::shared_ptr<Membership>& membership() const { return membership_; }
+
+ private:
+  struct Call {
+    c10d::OpType type;
+    const char* name;           // as in torch.distributed, for messages
+    const char* profile_title;  // as the profiler shows it, "mlsys:all_reduce"
+  };
+
+  std::string where(const char* name) const;
+  WorkPtr enqueue(const Call& call, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
+                  std::chrono::milliseconds timeout, bool async, Body body);
+  WorkPtr receive(const Call& call, std::vector<at::Tensor>& tensors, int source, int tag);
+  int checked_root(int64_t root, const std::string& where) const;
+
+  std::shared_ptr<Membership> membership_;
+  std::atomic<int64_t> timeout_ms_;
+  std::atomic<uint64_t> issued_{0};
+  std::atomic<uint64_t> monitored_{0};
+};
+
+}  // namespace mlsys::binding

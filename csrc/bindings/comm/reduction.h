@@ -1,0 +1,16 @@
+// From torch's dtype and ReduceOp to the core's Reduction.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <torch/csrc/distributed/c10d/Types.hpp>
+
+#include "comm/communicator.h"
+
+namespace mlsys::binding {
+
+// Throws Refused, listing what is supported, for a dtype or operation that does not reduce.
+comm::Reduction reduction_for(const at::Tensor& tensor, const c10d::ReduceOp& op, const std::string& where);
+
+}  // namespace mlsys::binding

@@ -1,0 +1,115 @@
+#include "bindings/comm/work.h"
+
+#include <utility>
+
+#include "bindings/comm/failures.h"
+
+namespace mlsys::binding {
+
+using c10::ivalue::Future;
+using std::chrono::milliseconds;
+
+c10::intrusive_ptr<Future> LazyFuture::get(const std::vector<at::Tensor>& outputs) {
+  std::unique_lock lock(mutex_);
+  if (future_) return future_;
+  future_ = c10::make_intrusive<Future>(c10::ListType::create(c10::TensorType::get()));
+  if (completed_) {
+    if (failure_) {
+      future_->setError(failure_);
+    } else {
+      future_->markCompleted(c10::IValue(outputs));
+    }
+  }
+  return future_;
+}
+
+void LazyFuture::complete(const std::vector<at::Tensor>& outputs, std::exception_ptr failure) {
+  c10::intrusive_ptr<Future> future;
+  {
+    std::unique_lock lock(mutex_);
+    completed_ = true;
+    failure_ = failure;
+    future = future_;
+  }
+  if (!future) return;
+  if (failure) {
+    future->setError(failure);
+  } else {
+    future->markCompleted(c10::IValue(outputs));
+  }
+}
+
+CollectiveWork::CollectiveWork(int rank, c10d::OpType type, const char* title,
+                               const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
+                               std::string where, uint64_t sequence)
+    : c10d::Work(rank, type, title, inputs),
+      outputs_(std::move(outputs)),
+      where_(std::move(where)),
+      sequence_(sequence) {}
+
+void CollectiveWork::complete(std::exception_ptr failure) {
+  future_.complete(outputs_, failure);  // first, so that whoever returns from wait() finds the future done
+  finish(failure);
+}
+
+bool CollectiveWork::wait(milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  const auto done = [this] { return completed_; };
+  if (timeout <= kNoTimeout) {
+    cv_.wait(lock, done);
+  } else if (!cv_.wait_for(lock, timeout, done)) {
+    std::rethrow_exception(for_python(std::make_exception_ptr(comm::TimedOut(
+                                          "wait(timeout) ended after " + std::to_string(timeout.count()) +
+                                          " ms and the operation is still under way.")),
+                                      where_));
+  }
+  if (exception_) std::rethrow_exception(exception_);
+  return true;
+}
+
+std::exception_ptr PointToPointWork::Shared::failure() const {
+  try {
+    request->wait(milliseconds(0));
+    return nullptr;
+  } catch (...) {
+    return for_python(std::current_exception(), where);
+  }
+}
+
+PointToPointWork::PointToPointWork(int rank, c10d::OpType type, const char* title, at::Tensor tensor,
+                                   std::string where, milliseconds group_timeout,
+                                   std::shared_ptr<comm::Request> request)
+    : c10d::Work(rank, type, title, std::vector<at::Tensor>{tensor}),
+      outputs_{std::move(tensor)},
+      group_timeout_(group_timeout),
+      shared_(std::make_shared<Shared>()) {
+  shared_->request = std::move(request);
+  shared_->outputs = outputs_;
+  shared_->where = std::move(where);
+  shared_->keep_alive = shared_;
+  shared_->end_of_profile = std::exchange(recordFunctionEndCallback_, nullptr);
+  shared_->request->on_completion([shared = shared_.get()] {
+    const auto alive = std::exchange(shared->keep_alive, nullptr);
+    if (alive->end_of_profile) alive->end_of_profile();
+    alive->future.complete(alive->outputs, alive->failure());
+  });
+}
+
+bool PointToPointWork::isSuccess() const {
+  return shared_->request->completed() && shared_->failure() == nullptr;
+}
+
+std::exception_ptr PointToPointWork::exception() const {
+  return shared_->request->completed() ? shared_->failure() : nullptr;
+}
+
+bool PointToPointWork::wait(milliseconds timeout) {
+  try {
+    shared_->request->wait(timeout > kNoTimeout ? timeout : group_timeout_);
+  } catch (...) {
+    std::rethrow_exception(for_python(std::current_exception(), shared_->where));
+  }
+  return true;
+}
+
+}  // namespace mlsys::binding

@@ -1,0 +1,47 @@
+"""Registers the c10d backend "mlsys" and creates its process groups when torch asks for one."""
+
+from __future__ import annotations
+
+import atexit
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from mlsys_engine.comm.environment import job_key, locality
+from mlsys_engine.native import load_comm
+
+NAME = "mlsys"
+
+
+def register() -> None:
+    """Makes `init_process_group("mlsys")` known; opens nothing and loads nothing. Idempotent."""
+    if NAME not in dist.Backend.backend_list:
+        # One name and one object for both device types: the object refuses CUDA tensors itself, in words.
+        dist.Backend.register_backend(NAME, create_group, extended_api=True, devices=["cpu", "cuda"])
+
+
+def create_group(options: Any, _backend_options: Any) -> Any:
+    """Called by torch for each new group with its rendezvous store; connects to nobody yet."""
+    ranks: Sequence[int] = list(options.global_ranks_in_group) or range(options.group_size)
+    group = load_comm().create(
+        store=options.store,
+        rank=options.group_rank,
+        size=options.group_size,
+        timeout=options.timeout,
+        group_name=str(options.group_id),
+        global_ranks=list(ranks),
+        locality=locality(ranks),
+        job_key=job_key() or _agreed_key(options.store, options.group_rank),
+    )
+    # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
+    atexit.register(group.farewell().say)
+    return group
+
+
+def _agreed_key(store: dist.Store, rank: int) -> str:
+    """A key that group rank 0 draws, for launchers that set none: as private as the store itself."""
+    if rank == 0:
+        store.set("mlsys/job_key", secrets.token_hex(32))
+    return bytes(store.get("mlsys/job_key")).decode()
