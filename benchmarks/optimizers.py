@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Times of one system; `speedup` is torch's minimum over its own, `of_ceiling` the probe's over its own."""
+    """Times of one system; `speedup` is torch's minimum over its, `of_ceiling` the probe's over its."""
 
     workload: str
     system: str
@@ -108,7 +108,7 @@ def probe(numel: int) -> Callable[[], object]:
 def step_cases(num_tensors: int, numel: int, *, clip: bool) -> list[Case]:
     """Ours on loose parameters and in an arena, torch fused, and without clipping the ceiling."""
     count = num_tensors * numel
-    workload = f"{num_tensors:,} x {numel:,}" + (", norm and clip" if clip else "")
+    workload = f"{num_tensors:,} x {numel:,}" + (" + clip" if clip else "")
     num_bytes = count * (ADAMW_BYTES + (NORM_BYTES if clip else 0))
     loose, theirs = loose_parameters(num_tensors, numel), loose_parameters(num_tensors, numel)
     ours, peer = AdamW(loose), torch.optim.AdamW(theirs, fused=True)
@@ -162,9 +162,9 @@ def measure(cases: list[Case], rounds: int, threads: int) -> list[Result]:
 def check(cases: list[Case], steps: int) -> None:
     """Fails unless all systems ended with the same parameters, to rounding.
 
-    The gradients have one magnitude within a factor of 4, so an update is at most 2 lr = 2e-3 and is rounded a few
-    dozen times a step. torch clips what it has already clipped, by another 1e-6 a step, and sums the norm in
-    fp32: the ratio of the moments, and with it the update, moves by at most steps * 1e-6.
+    The gradients have one magnitude within a factor of 4, so an update is at most 2 lr = 2e-3 and is rounded
+    a few dozen times a step. torch clips what it has already clipped, by another 1e-6 a step, and sums the
+    norm in fp32: the ratio of the moments, and with it the update, moves by at most steps * 1e-6.
     """
     peer = cases[0]
     for case in cases[1:]:
@@ -218,7 +218,7 @@ def show(results: list[Result], machine: dict[str, str]) -> None:
             f"{result.speedup:.2f}" if result.speedup else "",
             f"{result.of_ceiling:.2f}" if result.of_ceiling else "",
         )
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 def main() -> None:
