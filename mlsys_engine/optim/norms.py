@@ -38,7 +38,8 @@ def clip_scale(sum_of_squares: Tensor, max_norm: float) -> Tensor:
 
 
 def _on_device(device: torch.device, tensors: list[Tensor]) -> Tensor:
-    if not is_native(device) or not all(tensor.dtype is torch.float32 for tensor in tensors):
+    plain = all(tensor.dtype is torch.float32 and tensor.layout is torch.strided for tensor in tensors)
+    if not is_native(device) or not plain:
         dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
         return torch.stack(torch._foreach_norm(dense, 2, torch.float64)).square().sum()
     spans, held = [], []
@@ -58,6 +59,4 @@ def _on_device(device: torch.device, tensors: list[Tensor]) -> Tensor:
 
 def _flat(tensor: Tensor) -> Tensor:
     """The elements of a tensor with unusual strides: a view where its memory has no gaps, else a copy."""
-    if tensor.is_sparse:
-        return tensor.coalesce().values().contiguous()
     return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.contiguous()

@@ -81,3 +81,12 @@ def test_clipped_step_is_torchs_clip_and_step(max_norm: float) -> None:
 def test_clip_scale_is_nan_for_a_nan_norm_and_zero_for_an_infinite_one() -> None:
     assert math.isnan(clip_scale(torch.tensor(math.nan, dtype=torch.float64), 1.0))
     assert clip_scale(torch.tensor(math.inf, dtype=torch.float64), 1.0) == 0.0
+
+
+def test_sparse_and_half_precision_tensors_are_summed_by_torch() -> None:
+    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), torch.tensor([1.0, 2.0, 4.0]), (5,))
+    half = torch.full((3,), 2.0, dtype=torch.bfloat16)
+    # Small integers: exact. The two entries at index 1 add up to 3 first.
+    assert sum_of_squares([sparse, half, torch.ones(2)]).item() == pytest.approx(
+        9 + 16 + 12 + 2, rel=2.0**-50
+    )
