@@ -24,7 +24,7 @@ NO_STOP = 0
 STOP_BY_CALLBACK = 1
 _SIGNAL_BASE = 100
 
-# SIGUSR1 is what Open MPI's mpirun passes on to its ranks (SIGTERM there leaves them a quarter of a second), and
+# SIGUSR1 is what Open MPI's mpirun passes on to its ranks (after SIGTERM they have a quarter of a second),
 # what Slurm's --signal is used with. It is watched only where the program has no use for it itself.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches a rank twice, from the terminal and from its launcher: within this time the two
