@@ -1,5 +1,7 @@
 #include "comm/engine.h"
 
+#include <unistd.h>
+
 #include <stdexcept>
 
 #include "comm/algorithms/hosts.h"
@@ -43,6 +45,15 @@ void Engine::expect_open() const {
     throw std::runtime_error("an operation was called on group \"" + options_.group_name +
                              "\" after it was shut down. Create a new group.");
   }
+  if (is_forked_child()) {
+    throw std::runtime_error("an operation was called on group \"" + options_.group_name +
+                             "\" in a child forked from its rank. Only the rank itself can communicate.");
+  }
+}
+
+bool Engine::is_forked_child() const {
+  const pid_t owner = owner_.load(std::memory_order_acquire);
+  return owner != 0 && owner != ::getpid();
 }
 
 void Engine::check_rank(int rank, const char* what) const {
@@ -61,25 +72,26 @@ Links& Engine::links() {
     links_ = connect(
         store_, options_, [this] { return shut_down_.load(std::memory_order_acquire); },
         [this] {
-          if (!shut_down_.load(std::memory_order_acquire)) messenger().start();
+          if (Messenger* m = messenger()) m->start();
         });
+    owner_.store(::getpid(), std::memory_order_release);
     connected_.store(links_.get(), std::memory_order_release);
   }
   return *links_;
 }
 
-Messenger& Engine::messenger() {
+Messenger* Engine::messenger() {
   const std::lock_guard lock(messaging_);
+  if (shut_down_.load(std::memory_order_acquire)) return nullptr;
   if (messenger_ == nullptr) {
-    expect_open();
     messenger_ = std::make_unique<Messenger>(options_, [this]() -> Links& { return links(); });
   }
-  return *messenger_;
+  return messenger_.get();
 }
 
 std::shared_ptr<Arena> Engine::arena() {
   const std::lock_guard lock(arena_mutex_);
-  if (arena_ == nullptr) arena_ = Arena::of_process();
+  if (arena_ == nullptr || !arena_->is_own()) arena_ = Arena::of_process();
   return arena_;
 }
 
@@ -156,13 +168,17 @@ void Engine::check_other_hosts(const Links& links, const std::vector<int>& neigh
 std::shared_ptr<Request> Engine::send(const void* data, size_t bytes, int destination, uint64_t tag) {
   expect_open();
   check_rank(destination, "destination");
-  return messenger().send(data, bytes, destination, tag);
+  Messenger* m = messenger();
+  if (m == nullptr) expect_open();  // shut down in between: throws
+  return m->send(data, bytes, destination, tag);
 }
 
 std::shared_ptr<Request> Engine::recv(void* data, size_t bytes, int source, uint64_t tag) {
   expect_open();
   if (source != kAnySource) check_rank(source, "source");
-  return messenger().receive(data, bytes, source, tag);
+  Messenger* m = messenger();
+  if (m == nullptr) expect_open();
+  return m->receive(data, bytes, source, tag);
 }
 
 Counters Engine::counters() const {
@@ -200,7 +216,7 @@ std::string Engine::describe_transports() const {
 }
 
 void Engine::poison(const std::string& cause) {
-  if (options_.size == 1 || shut_down_.load(std::memory_order_acquire)) return;
+  if (options_.size == 1 || shut_down_.load(std::memory_order_acquire) || is_forked_child()) return;
   if (const Links* l = connected_.load(std::memory_order_acquire)) {
     Descriptor op;
     op.sequence = sequence();
@@ -213,6 +229,12 @@ void Engine::poison(const std::string& cause) {
 
 void Engine::shutdown() {
   if (shut_down_.exchange(true, std::memory_order_acq_rel)) return;
+  if (is_forked_child()) {
+    // The threads, and whatever locks they held, stayed with the parent, which goes on: touch nothing of it.
+    (void)links_.release();
+    (void)messenger_.release();
+    return;
+  }
   Links* l = connected_.load(std::memory_order_acquire);
   if (l != nullptr) {
     l->faults->close();

@@ -1,6 +1,8 @@
 // The Communicator: validates calls, numbers and publishes them, and hands them to the algorithms.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -61,12 +63,15 @@ class Engine final : public Communicator {
   // The sizes that this rank sends to the ranks of its host.
   std::vector<uint64_t> published_sizes(const std::function<size_t(int)>& send_bytes);
   Links& links();
-  Messenger& messenger();
+  // Null once shut down.
+  Messenger* messenger();
   // Offset in this process's arena, or Descriptor::kNoOffset.
   uint64_t offset_of(const void* data, size_t bytes) const;
   std::shared_ptr<Arena> arena();
   void check_rank(int rank, const char* what) const;
   void expect_open() const;
+  // True in a child forked after connecting: the links belong to its parent.
+  bool is_forked_child() const;
 
   const Options options_;
   const std::shared_ptr<Store> store_;
@@ -75,6 +80,7 @@ class Engine final : public Communicator {
   std::mutex connecting_;         // held while links_ is built
   std::unique_ptr<Links> links_;
   std::atomic<Links*> connected_{nullptr};  // links_ once it is complete
+  std::atomic<pid_t> owner_{0};             // the process that connected
   std::atomic<bool> shut_down_{false};
   std::mutex running_;            // held by a collective, so that shutdown() closes nothing under it
   mutable std::mutex messaging_;  // guards messenger_

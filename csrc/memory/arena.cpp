@@ -38,19 +38,19 @@ std::shared_ptr<Arena> Arena::of_process() {
   // through one group needs no staging in another.
   static std::mutex mutex;
   static std::weak_ptr<Arena> current;
-  static pid_t owner = 0;
   const std::lock_guard lock(mutex);
   std::shared_ptr<Arena> arena = current.lock();
-  if (arena == nullptr || owner != ::getpid()) {
+  if (arena == nullptr || !arena->is_own()) {
     arena = std::make_shared<Arena>(configured_capacity());
     current = arena;
-    owner = ::getpid();
   }
   return arena;
 }
 
 Arena::Arena(size_t capacity_bytes)
-    : fd_(make_memfd("mlsys-arena", capacity_bytes)), mapping_(fd_.get(), capacity_bytes) {
+    : fd_(make_memfd("mlsys-arena", capacity_bytes)),
+      mapping_(fd_.get(), capacity_bytes),
+      owner_(::getpid()) {
   free_[0] = capacity_bytes;
   // Advice only: kernels without huge pages for shared memory refuse it, and nothing depends on it.
   (void)::madvise(mapping_.data(), mapping_.bytes(), MADV_HUGEPAGE);
@@ -106,6 +106,8 @@ void Arena::give_back(size_t offset, size_t bytes) {
     }
   }
 }
+
+bool Arena::is_own() const { return owner_ == ::getpid(); }
 
 uint64_t Arena::offset_of(const void* data, size_t bytes) const {
   const auto address = reinterpret_cast<uintptr_t>(data);

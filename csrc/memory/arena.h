@@ -48,6 +48,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   // Offset of [data, data + bytes) when all of it lies inside, else kNoOffset.
   uint64_t offset_of(const void* data, size_t bytes) const;
 
+  // False in a child forked from the process that made it.
+  bool is_own() const;
   int fd() const { return fd_.get(); }
   std::byte* base() const { return mapping_.data(); }
   size_t capacity() const { return mapping_.bytes(); }
@@ -63,6 +65,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::map<size_t, size_t> free_;  // offset -> bytes; neighbours are merged
   size_t touched_ = 0;             // everything from here on was never handed out and is still zero
   size_t in_use_ = 0;
+  const int owner_;
 };
 
 }  // namespace mlsys

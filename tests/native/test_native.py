@@ -1,0 +1,39 @@
+"""Builds and runs the C++ tests of csrc/memory and csrc/comm."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+needs_compiler = pytest.mark.skipif(
+    shutil.which("make") is None or shutil.which("g++") is None, reason="make and g++ are needed"
+)
+
+
+def make(target: str, timeout_s: float) -> str:
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-s", "-j2", "-C", str(HERE), target],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_compiler
+def test_native_tests_pass_and_no_malformed_frame_breaks_a_parser() -> None:
+    assert "tests passed" in make("check", 1200)
+    assert "inputs parsed" in make("fuzz", 600)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_native_tests_pass_under_the_sanitizers(sanitizer: str) -> None:
+    assert "tests passed" in make(sanitizer, 2400)
