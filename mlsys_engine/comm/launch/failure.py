@@ -60,9 +60,8 @@ class FailureHook:
             return
         peer = peer_failure(error)
         if peer is not None:
-            self._say(
-                f"{self._name} leaves: rank {peer.rank} on {peer.host} failed ({_one_line(peer.cause)}).\n"
-            )
+            kind_of_failure = _one_line(peer.cause).partition(":")[0]  # its message is the culprit's to tell
+            self._say(f"{self._name} leaves: rank {peer.rank} on {peer.host} failed ({kind_of_failure}).")
             self._leave(SURVIVOR_STATUS, linger_s=_LINGER_S)
         status, report = describe(error, trace)
         every_rank_fails = isinstance(error, SharedLaunchError) and self.store is None

@@ -75,7 +75,8 @@ def test_a_victim_prints_one_line_and_has_its_own_status(leave, capsys) -> None:
     assert leave(_hook(0, dist.HashStore()), _peer_failed()) == SURVIVOR_STATUS
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert "rank 3 on there failed (RuntimeError: boom and more)" in shown
+    assert "rank 3 on there failed (RuntimeError).\n" in shown
+    assert "boom" not in shown
 
 
 def test_a_contradiction_that_all_ranks_meet_is_told_by_rank_0(leave, capsys) -> None:
