@@ -66,8 +66,11 @@ class PeerFailedError(MlsysError, RuntimeError):
         return type(self), (self.rank, self.host, self.pid, self.cause, self.op, self.sequence)
 
 
-class CollectiveTimeoutError(MlsysError, TimeoutError):
-    """A collective did not finish in time; the message names the ranks that had not arrived."""
+class CollectiveTimeoutError(MlsysError, TimeoutError, RuntimeError):
+    """A collective did not finish in time; the message names the ranks that had not arrived.
+
+    Also a RuntimeError, which is what torch's own backends raise then.
+    """
 
 
 class CollectiveMismatchError(MlsysError, RuntimeError):

@@ -59,23 +59,23 @@ Refused::Refused(std::string given, std::string expected, std::string action)
       expected(std::move(expected)),
       action(std::move(action)) {}
 
-std::exception_ptr for_python(std::exception_ptr failure, const std::string& where) {
+std::exception_ptr for_python(std::exception_ptr failure, const Place& place) {
   try {
     std::rethrow_exception(failure);
   } catch (const comm::PeerFailed& e) {
-    return std::make_exception_ptr(
-        Raised(PeerRecord{e.rank, e.host, e.pid, e.cause, e.op, e.sequence}, std::string(e.what())));
+    return std::make_exception_ptr(Raised(
+        PeerRecord{e.rank, e.host, e.pid, e.cause, place.operation, place.sequence}, std::string(e.what())));
   } catch (const comm::TimedOut& e) {
     return std::make_exception_ptr(
-        Raised(Timeout{}, where + " reached its timeout and gave up: " + e.what()));
+        Raised(Timeout{}, place.words + " reached its timeout and gave up: " + e.what()));
   } catch (const comm::Mismatch& e) {
-    return std::make_exception_ptr(Raised(Disagreement{}, where + ": " + e.what()));
+    return std::make_exception_ptr(Raised(Disagreement{}, place.words + ": " + e.what()));
   } catch (const Refused& e) {
     return std::make_exception_ptr(Raised(Refusal{e.given, e.expected, e.action}, std::string(e.what())));
   } catch (const c10::Error&) {
     return failure;
   } catch (const std::exception& e) {
-    return std::make_exception_ptr(std::runtime_error(where + ": " + e.what()));
+    return std::make_exception_ptr(std::runtime_error(place.words + ": " + e.what()));
   } catch (...) {
     return failure;
   }

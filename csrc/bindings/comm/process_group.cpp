@@ -83,8 +83,9 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::enqueue(const Call& call, const st
                                                       std::vector<at::Tensor> outputs, milliseconds timeout,
                                                       bool async, Body body) {
   const uint64_t sequence = ++issued_;
-  auto work = c10::make_intrusive<CollectiveWork>(getRank(), call.type, call.profile_title, inputs,
-                                                  std::move(outputs), where(call.name), sequence);
+  auto work =
+      c10::make_intrusive<CollectiveWork>(getRank(), call.type, call.profile_title, inputs,
+                                          std::move(outputs), Place{call.name, sequence, where(call.name)});
   const milliseconds limit = timeout > milliseconds(0) ? timeout : milliseconds(timeout_ms_);
   // The task keeps the communicator's owner by a plain reference: the membership outlives its executor's
   // tasks.
@@ -100,7 +101,7 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::enqueue(const Call& call, const st
             failure = std::current_exception();
           }
         }
-        work->complete(failure ? for_python(failure, work->where()) : nullptr);
+        work->complete(failure ? for_python(failure, work->place()) : nullptr);
       },
       !async);
   return work;
@@ -115,7 +116,8 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::send(std::vector<at::Tensor>& tens
   const size_t bytes = tensor.numel() * tensor.element_size();
   auto request =
       membership_->communicator().send(tensor.const_data_ptr(), bytes, checked_root(destination, here), tag);
-  return c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor, here,
+  return c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor,
+                                               Place{kCall.name, ++messages_, here},
                                                milliseconds(timeout_ms_), std::move(request));
 }
 
@@ -126,8 +128,9 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::receive(const Call& call, std::vec
   check_contiguous(tensor, here);
   const size_t bytes = tensor.numel() * tensor.element_size();
   auto request = membership_->communicator().recv(tensor.mutable_data_ptr(), bytes, source, tag);
-  return c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor, here,
-                                               milliseconds(timeout_ms_), std::move(request));
+  return c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor,
+                                               Place{call.name, ++messages_, here}, milliseconds(timeout_ms_),
+                                               std::move(request));
 }
 
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::recv(std::vector<at::Tensor>& tensors, int source, int tag) {

@@ -93,6 +93,7 @@ class ProcessGroupMlsys final : public c10d::Backend {
   std::atomic<int64_t> timeout_ms_;
   std::atomic<uint64_t> issued_{0};
   std::atomic<uint64_t> monitored_{0};
+  std::atomic<uint64_t> messages_{0};
 };
 
 }  // namespace mlsys::binding

@@ -2,8 +2,6 @@
 
 #include <utility>
 
-#include "bindings/comm/failures.h"
-
 namespace mlsys::binding {
 
 using c10::ivalue::Future;
@@ -41,11 +39,8 @@ void LazyFuture::complete(const std::vector<at::Tensor>& outputs, std::exception
 
 CollectiveWork::CollectiveWork(int rank, c10d::OpType type, const char* title,
                                const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
-                               std::string where, uint64_t sequence)
-    : c10d::Work(rank, type, title, inputs),
-      outputs_(std::move(outputs)),
-      where_(std::move(where)),
-      sequence_(sequence) {}
+                               Place place)
+    : c10d::Work(rank, type, title, inputs), outputs_(std::move(outputs)), place_(std::move(place)) {}
 
 void CollectiveWork::complete(std::exception_ptr failure) {
   future_.complete(outputs_, failure);  // first, so that whoever returns from wait() finds the future done
@@ -61,7 +56,7 @@ bool CollectiveWork::wait(milliseconds timeout) {
     std::rethrow_exception(for_python(std::make_exception_ptr(comm::TimedOut(
                                           "wait(timeout) ended after " + std::to_string(timeout.count()) +
                                           " ms and the operation is still under way.")),
-                                      where_));
+                                      place_));
   }
   if (exception_) std::rethrow_exception(exception_);
   return true;
@@ -72,12 +67,12 @@ std::exception_ptr PointToPointWork::Shared::failure() const {
     request->wait(milliseconds(0));
     return nullptr;
   } catch (...) {
-    return for_python(std::current_exception(), where);
+    return for_python(std::current_exception(), place);
   }
 }
 
 PointToPointWork::PointToPointWork(int rank, c10d::OpType type, const char* title, at::Tensor tensor,
-                                   std::string where, milliseconds group_timeout,
+                                   Place place, milliseconds group_timeout,
                                    std::shared_ptr<comm::Request> request)
     : c10d::Work(rank, type, title, std::vector<at::Tensor>{tensor}),
       outputs_{std::move(tensor)},
@@ -85,7 +80,7 @@ PointToPointWork::PointToPointWork(int rank, c10d::OpType type, const char* titl
       shared_(std::make_shared<Shared>()) {
   shared_->request = std::move(request);
   shared_->outputs = outputs_;
-  shared_->where = std::move(where);
+  shared_->place = std::move(place);
   shared_->keep_alive = shared_;
   shared_->end_of_profile = std::exchange(recordFunctionEndCallback_, nullptr);
   shared_->request->on_completion([shared = shared_.get()] {
@@ -107,7 +102,7 @@ bool PointToPointWork::wait(milliseconds timeout) {
   try {
     shared_->request->wait(timeout > kNoTimeout ? timeout : group_timeout_);
   } catch (...) {
-    std::rethrow_exception(for_python(std::current_exception(), shared_->where));
+    std::rethrow_exception(for_python(std::current_exception(), shared_->place));
   }
   return true;
 }

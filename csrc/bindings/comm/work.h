@@ -9,6 +9,7 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
+#include "bindings/comm/failures.h"
 #include "comm/communicator.h"
 
 namespace mlsys::binding {
@@ -29,7 +30,7 @@ class LazyFuture {
 class CollectiveWork final : public c10d::Work {
  public:
   CollectiveWork(int rank, c10d::OpType type, const char* title, const std::vector<at::Tensor>& inputs,
-                 std::vector<at::Tensor> outputs, std::string where, uint64_t sequence);
+                 std::vector<at::Tensor> outputs, Place place);
 
   // Called once by whoever ran, or refused, the operation.
   void complete(std::exception_ptr failure);
@@ -38,19 +39,18 @@ class CollectiveWork final : public c10d::Work {
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   std::vector<at::Tensor> result() override { return outputs_; }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_.get(outputs_); }
-  uint64_t getSequencenumber() const override { return sequence_; }
-  const std::string& where() const { return where_; }
+  uint64_t getSequencenumber() const override { return place_.sequence; }
+  const Place& place() const { return place_; }
 
  private:
   const std::vector<at::Tensor> outputs_;
-  const std::string where_;
-  const uint64_t sequence_;
+  const Place place_;
   LazyFuture future_;
 };
 
 class PointToPointWork final : public c10d::Work {
  public:
-  PointToPointWork(int rank, c10d::OpType type, const char* title, at::Tensor tensor, std::string where,
+  PointToPointWork(int rank, c10d::OpType type, const char* title, at::Tensor tensor, Place place,
                    std::chrono::milliseconds group_timeout, std::shared_ptr<comm::Request> request);
 
   bool isCompleted() override { return shared_->request->completed(); }
@@ -68,7 +68,7 @@ class PointToPointWork final : public c10d::Work {
     std::shared_ptr<comm::Request> request;
     std::shared_ptr<Shared> keep_alive;
     std::vector<at::Tensor> outputs;
-    std::string where;
+    Place place;
     LazyFuture future;
     std::function<void()> end_of_profile;
     std::exception_ptr failure() const;

@@ -1,0 +1,118 @@
+"""Tensors in the shared arena: comm.empty, DDP's buckets, zero copies."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mlsys_engine import comm
+from tests.comm.inputs import assert_reduced, tensor_of
+
+
+def _empty(rank, world_size):
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
+        for numel in (0, 1, 1000, 300_001):
+            tensor = comm.empty(numel, dtype)
+            assert tensor.shape == (numel,)
+            assert tensor.dtype == dtype
+            assert tensor.is_contiguous()
+            assert not tensor.any()
+            assert numel == 0 or comm.in_arena(tensor)
+            assert tensor.data_ptr() % 64 == 0
+    assert not comm.in_arena(torch.empty(10))
+    with pytest.raises(ValueError, match="negative"):
+        comm.empty(-1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_empty_gives_zeroed_aligned_tensors_in_the_arena(run_ranks, world_size):
+    run_ranks(_empty, world_size)
+
+
+def _reused(rank, world_size):
+    for step in range(50):
+        tensor = comm.empty(100_000)
+        assert not tensor.any()  # zero also when the memory was used before
+        tensor.fill_(rank + step)
+        dist.all_reduce(tensor)
+        del tensor
+
+
+def test_freed_arena_memory_comes_back_zeroed(run_ranks):
+    run_ranks(_reused, 2)
+
+
+def _outliving(rank, world_size):
+    group = dist.new_group([0, 1])
+    tensor = comm.empty(10_000, group=group).fill_(3)
+    dist.all_reduce(tensor, group=group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert (tensor == 6).all()
+    tensor += 1
+    dist.all_reduce(tensor)  # on another group: private memory to it, still right
+    assert (tensor == 14).all()
+
+
+def test_an_arena_tensor_outlives_its_group(run_ranks):
+    run_ranks(_outliving, 2)
+
+
+def _reduced_in_place(rank, world_size):
+    for numel in (1, 1000, 70_001, 1_000_003):
+        inputs = [tensor_of(peer, numel, torch.float32) for peer in range(world_size)]
+        tensor = comm.empty(numel).copy_(inputs[rank])
+        dist.all_reduce(tensor)
+        assert_reduced(tensor, inputs, dist.ReduceOp.SUM)
+        private = inputs[rank].clone()
+        dist.all_reduce(private)
+        assert torch.equal(private, tensor)  # the same bits on either road
+        part = tensor[numel // 3 : numel // 3 + numel // 2]
+        wanted = [value[numel // 3 : numel // 3 + numel // 2] for value in inputs]
+        part.copy_(wanted[rank])
+        dist.all_reduce(part)
+        assert_reduced(part, wanted, dist.ReduceOp.SUM)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_arena_tensors_and_slices_of_them_reduce_like_private_ones(run_ranks, world_size):
+    run_ranks(_reduced_in_place, world_size)
+
+
+def _mixed(rank, world_size):
+    inputs = [tensor_of(peer, 500_009, torch.float32) for peer in range(world_size)]
+    tensor = inputs[rank].clone() if rank == 0 else comm.empty(500_009).copy_(inputs[rank])
+    dist.all_reduce(tensor)
+    assert_reduced(tensor, inputs, dist.ReduceOp.SUM)
+
+
+def test_some_ranks_may_use_the_arena_and_others_not(run_ranks):
+    run_ranks(_mixed, 3)
+
+
+def _zero_copy(rank, world_size):
+    tensor = comm.empty(2_000_000)
+    before = comm.counters().zero_copy_operations
+    dist.all_reduce(tensor)
+    return comm.counters().zero_copy_operations - before
+
+
+def test_a_large_arena_tensor_is_reduced_without_a_staging_copy(run_ranks):
+    assert run_ranks(_zero_copy, 2) == [1, 1]
+
+
+def _ddp_buckets(rank, world_size):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(800, 800), gradient_as_bucket_view=True)
+    for _ in range(3):  # the buckets are rebuilt after the first step
+        model.zero_grad()
+        model(torch.ones(1, 800)).sum().backward()
+    assert comm.in_arena(model.module.weight.grad)
+    return comm.counters().zero_copy_operations
+
+
+def test_ddp_puts_its_buckets_into_the_arena_when_asked(run_ranks):
+    assert min(run_ranks(_ddp_buckets, 2, env={"DDP_DISABLE_COMM_MEM": "0"})) > 0
