@@ -21,6 +21,11 @@ IGNORED_LABEL = -100
 Loss = Callable[[Any, Any], Any]  # (output, batch) -> mean, or (sum, count)
 
 _CAUSAL = re.compile(r"ForCausalLM|LMHead|DoubleHeads")
+# Decoders whose own loss compares logits[:, i] with labels[:, i]: their labels come shifted from the caller.
+_CAUSAL_UNSHIFTED = re.compile(
+    r"^(BigBirdPegasus|Blenderbot|BlenderbotSmall|CpmAnt|MBart|Bart|Marian|Musicgen|MusicgenMelody|Mvp|Pegasus"
+    r"|PLBart|ProphetNet|TrOCR|Whisper)ForCausalLM$|^(Flaubert|XLM)WithLMHeadModel$|^XLNetLMHeadModel$"
+)
 _UNSHIFTED = re.compile(
     r"ForMaskedLM|ForPreTraining|For\w*(Classification|Segmentation|Detection|Answering|CTC)"
 )
@@ -54,11 +59,16 @@ def count_labels(batch: Any, mean: torch.Tensor, causal: bool) -> torch.Tensor:
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the model's own loss predicts the next token, so that the first label of a row is not counted.
 
-    Transformers models say so by `loss_type`, or by the name of their class when that is None;
-    encoder-decoders shift their inputs instead. A model that says nothing is taken for a causal language
-    model.
+    Transformers models say so by `loss_type`, or by the name of their class (or of the one that it extends)
+    when that is None; encoder-decoders shift their inputs instead. A model that says nothing is taken for a
+    causal language model.
     """
-    kind, name = getattr(model, "loss_type", None), type(model).__name__
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+    kind, names = getattr(model, "loss_type", None), [base.__name__ for base in type(model).__mro__]
+    known = (_CAUSAL_UNSHIFTED, _CAUSAL, _UNSHIFTED)
+    name = next((name for name in names if any(pattern.search(name) for pattern in known)), "")
+    if _CAUSAL_UNSHIFTED.search(name):
+        return False
     if kind == "ForCausalLM" or _CAUSAL.search(name):
         return True
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

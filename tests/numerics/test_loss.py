@@ -100,6 +100,59 @@ def test_transformers_models_say_whether_they_shift(name, expected):
     assert shifts_labels(model) is expected
 
 
+_SMALL = {"d_model": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "decoder_layers": 1}
+_SMALL_DECODERS = [
+    ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
+    ("GPT2DoubleHeadsModel", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
+    *(
+        (f"{family}ForCausalLM", _SMALL | {"is_decoder": True, "is_encoder_decoder": False})
+        for family in ("Bart", "Blenderbot", "BlenderbotSmall", "MBart", "Marian", "Mvp", "Pegasus", "PLBart")
+    ),
+    ("TrOCRForCausalLM", _SMALL),
+    ("XLMWithLMHeadModel", {"emb_dim": 16, "n_layers": 1, "n_heads": 2}),
+    ("FlaubertWithLMHeadModel", {"emb_dim": 16, "n_layers": 1, "n_heads": 2}),
+    ("BertLMHeadModel", {"is_decoder": True, "hidden_size": 16, "num_hidden_layers": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), _SMALL_DECODERS)
+def test_a_decoder_counts_the_labels_that_its_own_loss_is_the_mean_of(name, settings):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "vocab_size": 32,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "max_position_embeddings": 16,
+    }
+    if "hidden_size" in settings:
+        small |= {"num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**small | settings)).double().eval()
+    tokens = torch.randint(3, 32, (3, 8), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[0, 5:] = labels[1, :2] = -100
+    with torch.no_grad():
+        output = model(input_ids=tokens, labels=labels)
+    # By hand, in float64: the loss of every position, with and without the shift.
+    shift = int(shifts_labels(model))
+    logits, targets = output.logits[:, : 8 - shift].reshape(-1, 32), labels[:, shift:].reshape(-1)
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    total, count = loss_sum_and_count(output, {"labels": labels}, None, causal=bool(shift))
+    assert count.item() == (targets != -100).sum().item()
+    # The model may compute its mean in float32: of 21 terms below 8, each within a few 2**-24.
+    torch.testing.assert_close(total.double(), losses.sum(), rtol=1e-5, atol=0.0)
+
+
+def test_a_subclass_of_a_transformers_model_shifts_as_its_base_does():
+    transformers = pytest.importorskip("transformers")
+    for base, expected in (("BartForCausalLM", False), ("BertForMaskedLM", False), ("GPT2LMHeadModel", True)):
+        kind = type("Mine", (getattr(transformers, base),), {})
+        with torch.device("meta"):
+            assert shifts_labels(kind(kind.config_class())) is expected
+
+
 def test_a_model_that_says_nothing_is_causal_and_a_decoder_for_generation_too():
     assert shifts_labels(nn.Linear(1, 1))
     chat = nn.Linear(1, 1)
