@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import secrets
 import selectors
@@ -25,9 +26,11 @@ from mlsys_engine.errors import LaunchError
 # After the first failure the others have this long to leave by themselves, and to leave after SIGTERM.
 _LEAVE_S = 0.4
 _KILL_S = 0.8
+# A signal that reached only one rank stops all of them in order, and this long they may take to leave after it.
+_STOP_S = 10.0
 _POLL_S = 0.02
 _STDERR_KEPT_BYTES = 256 * 1024
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,8 +60,8 @@ def launch_local(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | N
 
     `argv` is what follows the interpreter (["-m", "mlsys_engine.cli.main", "train"]); `env` adds variables.
     The first rank that fails by itself is the culprit: the others leave or are killed within a second, its
-    stderr is shown, and its status returned (128 + n for signal n). SIGINT, SIGTERM and SIGHUP are passed on
-    to the ranks, which may take their time to save; leaving with 128 + n is then no failure, and the job's
+    stderr is shown, and its status returned (128 + n for signal n). SIGINT, SIGTERM, SIGHUP and SIGUSR1 are
+    passed on to the ranks, which may take their time to save; leaving with 128 + n is then no failure, and the job's
     status. A second signal kills them. Ranks die with this process.
     """
     if num_ranks < 1:
@@ -127,7 +130,7 @@ def _die_with_parent() -> Callable[[], None] | None:
 def _stay_with(ranks: list[_Rank], signals: Sequence[int]) -> int:
     """Waits for all ranks, ends them when one fails, gives the job's status; `signals` were passed on."""
     ended: list[_Rank] = []
-    failed_at: float | None = None
+    leave_by: float | None = None
     with selectors.DefaultSelector() as selector:
         for member in ranks:
             if member.process.stderr is not None:
@@ -139,10 +142,12 @@ def _stay_with(ranks: list[_Rank], signals: Sequence[int]) -> int:
             for member in ranks:
                 if member not in ended and member.process.poll() is not None:
                     ended.append(member)
-                    if failed_at is None and member.process.returncode not in _statuses_as_asked(signals):
-                        failed_at = now
-            if failed_at is not None and now - failed_at > _LEAVE_S:
-                number = signal.SIGTERM if now - failed_at < _KILL_S else signal.SIGKILL
+                    if member.process.returncode not in _statuses_as_asked(signals):
+                        stopped = member.process.returncode in _statuses_as_asked(_FORWARDED)
+                        grace_s = _STOP_S if stopped else _LEAVE_S
+                        leave_by = min(now + grace_s, leave_by or math.inf)
+            if leave_by is not None and now > leave_by:
+                number = signal.SIGTERM if now < leave_by + _KILL_S - _LEAVE_S else signal.SIGKILL
                 for member in ranks:
                     if member not in ended:
                         member.signal(number)
@@ -173,6 +178,8 @@ def _verdict(ended: list[_Rank], signals: Sequence[int]) -> int:
     statuses = {member.process.returncode for member in ended}
     if statuses <= _statuses_as_asked(signals):
         return max(statuses)
+    if len(statuses) == 1 and statuses <= _statuses_as_asked(_FORWARDED):
+        return max(statuses)  # a signal that one rank got, and on which all agreed
     culprit = next((member for member in failed if member.process.returncode != SURVIVOR_STATUS), failed[0])
     code = culprit.process.returncode
     status = 128 - code if code < 0 else code

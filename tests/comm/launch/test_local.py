@@ -115,20 +115,21 @@ def _launcher(tmp_path: Path, body: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL)
 
 
-def test_ranks_may_finish_after_sigterm_is_passed_on(tmp_path: Path) -> None:
-    body = """
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_ranks_may_finish_after_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
+    body = f"""
     def save(number, frame):
-        (folder / f"saved{rank}").write_text("yes")
+        (folder / f"saved{{rank}}").write_text("yes")
         sys.exit(0)
-    signal.signal(signal.SIGTERM, save)
-    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    signal.signal({int(number)}, save)
+    (folder / f"pid{{rank}}").write_text(str(os.getpid()))
     while True:
         signal.pause()
     """
     launcher = _launcher(tmp_path, body)
     for rank in range(2):
         wait_for_file(tmp_path / f"pid{rank}")
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     assert launcher.wait(60) == 0
     assert {(tmp_path / f"saved{rank}").read_text() for rank in range(2)} == {"yes"}
 
@@ -152,6 +153,17 @@ def test_a_rank_that_leaves_as_the_signal_asked_gives_the_others_time_to_save(tm
         assert time.monotonic() < deadline, "a rank did not leave"
     (tmp_path / "the other has left").touch()
     assert launcher.wait(60) == 130
+
+
+def test_ranks_that_all_leave_after_a_signal_to_one_of_them_did_not_fail(tmp_path: Path, capfd) -> None:
+    body = """
+    (folder / f"ready{rank}").touch()
+    while not all((folder / f"ready{other}").exists() for other in range(2)):
+        pass
+    sys.exit(128 + signal.SIGUSR1)
+    """
+    assert launch_local(_program(tmp_path, body), 2) == 128 + signal.SIGUSR1
+    assert "failed" not in capfd.readouterr().err
 
 
 def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
