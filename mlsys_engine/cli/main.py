@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlsys_engine import __version__
-from mlsys_engine.comm.launch import current_world, detect
+from mlsys_engine.comm.launch import detect
+from mlsys_engine.comm.launch.failure import FailureHook
 from mlsys_engine.errors import ConfigError, LaunchError, NativeBuildError, UserError, did_you_mean
 
 EXIT_USER_ERROR = 2
@@ -50,15 +51,14 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 2 for a caller's mistake, 130 when interrupted.
 
-    Unexpected exceptions leave it, and Python shows their traceback once. In a rank of a job, mistakes leave
-    it too: there the excepthook of `mls.init()` tells one of them for all ranks.
+    Unexpected exceptions leave it, and Python shows their traceback once. In a rank that has begun to join
+    a job, mistakes leave it too: there the excepthook of `mls.init()` tells one of them for all ranks.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
     except (UserError, NativeBuildError) as error:
-        world = current_world()
-        if world is not None and world.world_size > 1:
+        if isinstance(sys.excepthook, FailureHook):
             raise
         if _another_rank_tells():
             time.sleep(_LINGER_S)

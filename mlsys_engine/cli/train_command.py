@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from mlsys_engine import checkpoint
@@ -17,7 +16,7 @@ from mlsys_engine.errors import CheckpointError, ConfigError, LaunchError
 from mlsys_engine.recipes import DEFAULT_RECIPE, RECIPES, Recipe, recipe_class, recipe_from_record
 from mlsys_engine.tracking import find_run, read_run
 
-CPU_RANKS = 2
+DEFAULT_RANKS = 2
 _CONFIG = (tyro.conf.FlagCreatePairsOff,)
 
 
@@ -26,7 +25,7 @@ class TrainOptions:
     """What `mlsys train` takes besides the recipe's own settings."""
 
     ranks: int | None = None
-    """Ranks to start here; None starts one a GPU, or two on a CPU, or as many as a resumed run had."""
+    """Ranks to start here; None starts two, or as many as a resumed run had."""
     dry_run: bool = False
     """Print the plan and stop."""
     run_dir: Path | None = None
@@ -68,7 +67,7 @@ class TrainCommand:
                     f"Leave out --ranks, or have the launcher start {asked}.",
                 )
             return placement.world_size
-        return asked or self.resumed_ranks or torch.cuda.device_count() or CPU_RANKS
+        return asked or self.resumed_ranks or DEFAULT_RANKS
 
 
 def parse(arguments: Sequence[str]) -> TrainCommand:

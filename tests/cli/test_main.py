@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,24 @@ def test_only_the_first_rank_of_a_host_tells_of_a_mistake_before_the_ranks_meet(
     monkeypatch.setattr(cli, "_LINGER_S", 0.0)
     assert cli.main(["trian"]) == 2
     assert bool(capsys.readouterr().err) is tells
+
+
+def test_a_mistake_while_joining_is_told_by_the_rank_that_met_it(tmp_path: Path) -> None:
+    """Only local rank 1 has a bad variable: the first rank of the host cannot tell of it."""
+    code = "import sys; from mlsys_engine.cli.main import main; sys.exit(main(['train', '--steps', '1']))"
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "MLSYS_AFFINITY": "perhaps"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "MLSYS_AFFINITY='perhaps'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

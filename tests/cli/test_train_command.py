@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlsys_engine import checkpoint
-from mlsys_engine.cli.train_command import CPU_RANKS, TrainCommand, parse, pin_resumed
+from mlsys_engine.cli.train_command import DEFAULT_RANKS, TrainCommand, parse, pin_resumed
 from mlsys_engine.errors import CheckpointError, ConfigError, LaunchError
 from mlsys_engine.recipes import recipe_class, recorded_settings
 from mlsys_engine.tracking import json_files
@@ -58,11 +58,9 @@ def test_a_value_of_another_type_leaves_with_status_2(value: str, capsys: pytest
     assert "--steps" in capsys.readouterr().err
 
 
-def test_ranks_are_one_a_gpu_or_two_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert parse([]).num_ranks({}) == CPU_RANKS
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert parse([]).num_ranks({}) == 8
+def test_ranks_are_two_also_on_a_host_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # ranks compute on the CPU in this version
+    assert parse([]).num_ranks({}) == DEFAULT_RANKS == 2
     assert parse(["--ranks", "3"]).num_ranks({}) == 3
 
 

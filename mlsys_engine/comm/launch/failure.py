@@ -24,7 +24,7 @@ import torch.distributed as dist
 from mlsys_engine import comm
 from mlsys_engine.comm.launch.environment import SharedLaunchError
 from mlsys_engine.comm.launch.mpi import leave_through_abort
-from mlsys_engine.errors import PeerFailedError, UserError
+from mlsys_engine.errors import NativeBuildError, PeerFailedError, UserError
 
 USER_ERROR_STATUS = 2
 SURVIVOR_STATUS = 75
@@ -36,6 +36,7 @@ _LINGER_S = 0.15
 # Rank 0 may host the store by which the failing ranks settle who tells; it stays up to this long for them.
 _HOST_LINGER_S = 0.3
 _STORE_TIMEOUT_S = 0.3
+_TOLD_WITHOUT_TRACEBACK = (UserError, NativeBuildError)
 
 _Result = TypeVar("_Result")
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
@@ -67,8 +68,10 @@ class FailureHook:
         every_rank_fails = isinstance(error, SharedLaunchError) and self.store is None
         is_first = not self.rank if every_rank_fails else self._is_first_to_fail()
         if is_first:
-            self._say(report if isinstance(error, UserError) else f"{self._name} failed.\n{report}")
-        elif not isinstance(error, UserError):
+            self._say(
+                report if isinstance(error, _TOLD_WITHOUT_TRACEBACK) else f"{self._name} failed.\n{report}"
+            )
+        elif not isinstance(error, _TOLD_WITHOUT_TRACEBACK):
             self._say(f"{self._name} failed, too: {_one_line(f'{kind.__name__}: {error}')}\n")
         if self.store is not None:
             with contextlib.suppress(Exception):  # the process ends in any case, and the others see it leave
@@ -119,7 +122,7 @@ class FailureHook:
 
 def describe(error: BaseException, trace: TracebackType | None) -> tuple[int, str]:
     """The exit status that an uncaught error deserves, and what to print about it."""
-    if isinstance(error, UserError):
+    if isinstance(error, _TOLD_WITHOUT_TRACEBACK):
         return USER_ERROR_STATUS, f"mlsys: {error}\n"
     if isinstance(error, KeyboardInterrupt):
         return 130, "Interrupted.\n"

@@ -94,7 +94,7 @@ def _join(placement: Placement, timeout: timedelta) -> World:
         world_size=placement.world_size,
         local_size=local_size,
         hosts=hosts,
-        device=device_of(local_rank),
+        device=device_of(placement.rank),
         launcher=placement.launcher,
         num_threads=num_threads,
         affinity=affinity,
@@ -110,10 +110,15 @@ def locate(placement: Placement, hosts: tuple[str, ...]) -> tuple[int, int]:
     return local_rank, max(local_size, local_rank + 1)
 
 
-def device_of(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU on a host without one; a launcher may show each rank only its own GPU."""
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
+def device_of(rank: int) -> torch.device:
+    """Where a rank computes: in this version the CPU, and rank 0 says so on a host with GPUs."""
+    if rank == 0 and torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        sys.stderr.write(
+            f"mlsys: this host has {num_gpus} GPU{'s' * (num_gpus != 1)}, but ranks compute on the CPU: "
+            "collectives on CUDA tensors are not part of this version.\n"
+        )
+    return torch.device("cpu")
 
 
 def _install_hook(placement: Placement | None, store: dist.Store | None) -> None:

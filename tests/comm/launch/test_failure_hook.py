@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mlsys_engine.comm.launch.environment import SharedLaunchError
 from mlsys_engine.comm.launch.failure import SURVIVOR_STATUS, FailureHook, describe, peer_failure
-from mlsys_engine.errors import ConfigError, PeerFailedError
+from mlsys_engine.errors import ConfigError, NativeBuildError, PeerFailedError
 
 
 class _Left(BaseException):
@@ -116,3 +116,10 @@ def test_a_circle_of_causes_ends() -> None:
     one, two = RuntimeError("one"), RuntimeError("two")
     one.__cause__, two.__cause__ = two, one
     assert peer_failure(one) is None
+
+
+def test_an_extension_that_is_not_built_is_told_without_a_traceback() -> None:
+    assert describe(_raised(NativeBuildError("Not built. Type: make")), None) == (
+        2,
+        "mlsys: Not built. Type: make\n",
+    )
