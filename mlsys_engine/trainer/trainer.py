@@ -75,6 +75,7 @@ class Trainer:
         numerics: str = "fast",
     ) -> None:
         _check_settings(model, max_grad_norm, accumulate, verify, seed)
+        strategies.check_loss(loss)
         tracking.check_trackers(trackers)
         self._settings = {
             key: record.described(value)
@@ -188,6 +189,7 @@ class Trainer:
         run = self._open_run(world, options)
         rng_state.seed_generators(self._seed, runner.data_rank)
         step, notes = 0, [f"Run {run.id} in {run.folder}", str(plan), _batch_sizes(batches, self._accumulate)]
+        notes += _into_train_mode(self._model)
         if run.checkpoint is not None:
             step, differences = state.restore(run.checkpoint)
             notes += [f"Resuming from {run.checkpoint} after step {step}.", *differences]
@@ -271,6 +273,17 @@ def _check_settings(
         raise ConfigError(
             f"seed={seed!r}.", "A seed is a whole number of at least 0.", "Pass for example seed=0."
         )
+
+
+def _into_train_mode(model: torch.nn.Module) -> list[str]:
+    """Puts a model that is as a whole in eval mode (as `from_pretrained` gives it) into train mode.
+
+    Where the model itself is in train mode, the modes of its submodules are the caller's choice.
+    """
+    if model.training:
+        return []
+    model.train()
+    return [f"{type(model).__name__} was in eval mode: model.train() was called, so dropout is on."]
 
 
 def _first_microbatch(loader: DataLoader[Any], num_microbatches: int) -> Any:

@@ -219,3 +219,23 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
         "step-00000006",
         "step-00000007",
     ]
+
+
+def test_a_model_in_eval_mode_trains_in_train_mode_and_is_told_so_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    losses = {}
+    for name, model in (("train", workloads.make_model()), ("eval", workloads.make_model().eval())):
+        journal = Losses()
+        make_trainer(tmp_path / name, journal, model=model).fit(make_loader(), max_steps=3)
+        assert all(module.training for module in model.modules())
+        losses[name] = journal.values
+    assert losses["eval"] == losses["train"]
+    assert capfd.readouterr().err.count("was in eval mode") == 1
+
+
+def test_submodules_keep_their_eval_mode_when_the_model_is_in_train_mode(tmp_path: Path) -> None:
+    model = workloads.make_model()
+    model.layers[2].eval()
+    make_trainer(tmp_path, model=model).fit(make_loader(), max_steps=2, eval_loader=make_loader())
+    assert model.training and not model.layers[2].training
