@@ -161,5 +161,9 @@ def _with_way_out(error: CheckpointError, path: Path) -> CheckpointError:
             verify(older)
         except CheckpointError:
             continue
-        return CheckpointError(error.given, error.expected, f"{older} is whole: pass resume={str(older)!r}.")
+        return CheckpointError(
+            error.given,
+            error.expected,
+            f"{older} is whole: delete the damaged folder to go on from it, or pass resume={str(older)!r}.",
+        )
     return error

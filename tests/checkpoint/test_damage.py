@@ -75,9 +75,9 @@ def test_the_newest_older_checkpoint_that_is_whole_is_named_as_the_way_out(tmp_p
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000020"
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(tmp_path / "step-00000020", contents(0.0))
-    assert (
-        caught.value.action
-        == f"{tmp_path / 'step-00000010'} is whole: pass resume='{tmp_path / 'step-00000010'}'."
+    whole = tmp_path / "step-00000010"
+    assert caught.value.action == (
+        f"{whole} is whole: delete the damaged folder to go on from it, or pass resume='{whole}'."
     )
 
 
