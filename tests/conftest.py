@@ -1,7 +1,7 @@
 """Shared fixtures. `run_ranks` and `run_ranks_collecting` start ranks; see tests/support/ranks.py.
 
-With MLSYS_SOAK_SAMPLE=k every soak test runs k of its trials, drawn by MLSYS_SOAK_SEED (0 by default), which the
-header names: the same seed draws the same trials.
+With MLSYS_SOAK_SAMPLE=k every soak test runs k of its trials, drawn by MLSYS_SOAK_SEED (0 by default); the
+header names it, and the same seed draws the same trials.
 """
 
 from __future__ import annotations

@@ -94,14 +94,44 @@ def make_optimizer(
             "An optimizer needs at least one.",
             "Set requires_grad on what should be trained, or use the model without a runner.",
         )
-    optimizer: Any = factory(list(named))
+    try:
+        optimizer: Any = factory(list(named))
+    except ValueError as error:
+        if "empty parameter list" not in str(error):
+            raise
+        raise _without_parameters() from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"The optimizer factory returned a {type(optimizer).__name__}.",
             "It returns a torch.optim.Optimizer over the parameters it was given.",
             "Pass functools.partial(mls.optim.AdamW, lr=...).",
         )
+    _check_parameters(optimizer, named)
     return optimizer
+
+
+def _check_parameters(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """An optimizer may leave parameters out, but it has some, and only this model's trainable ones."""
+    taken = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not taken:
+        raise _without_parameters()
+    own = {parameter for _, parameter in named}
+    strangers = [parameter for parameter in taken if parameter not in own]
+    if strangers:
+        raise ConfigError(
+            f"The optimizer has {len(strangers)} parameters that are not this model's trainable ones, "
+            f"the first of shape {tuple(strangers[0].shape)}.",
+            "It steps parameters from the (name, parameter) pairs that the factory is called with.",
+            "Build it from those pairs: optimizer=functools.partial(mls.optim.AdamW, lr=...).",
+        )
+
+
+def _without_parameters() -> ConfigError:
+    return ConfigError(
+        "The optimizer factory made an optimizer without parameters.",
+        "It is called with the model's trainable (name, parameter) pairs and takes at least one of them.",
+        "Pass functools.partial(mls.optim.AdamW, lr=...), or check what the factory filters.",
+    )
 
 
 def make_update(optimizer: torch.optim.Optimizer, arenas: ModelArenas) -> Update:

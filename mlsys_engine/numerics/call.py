@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from mlsys_engine.errors import DataError
+
 
 def call_model(model: nn.Module, batch: Any, with_loss: bool) -> Any:
     """The model's output for one microbatch.
@@ -21,10 +23,30 @@ def call_model(model: nn.Module, batch: Any, with_loss: bool) -> Any:
     """
     if isinstance(batch, Mapping):
         accepted = _accepted(type(model).forward) if with_loss else None
-        return model(**{key: value for key, value in batch.items() if accepted is None or key in accepted})
+        return _call(
+            model, (), {key: value for key, value in batch.items() if accepted is None or key in accepted}
+        )
     if isinstance(batch, list | tuple):
-        return model(batch[0]) if with_loss else model(*batch)
+        return _call(model, (batch[0],) if with_loss else tuple(batch), {})
     return model(batch)
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's output; a batch that does not fit its signature is told as such."""
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        try:
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError as mismatch:
+            given = f"the keys {', '.join(kwargs)}" if kwargs else f"{len(args)} positional arguments"
+            raise DataError(
+                f"{type(model).__name__}.forward was called with {given}, from the batch: {mismatch}.",
+                "Without a loss function a mapping is the model's keyword arguments, a tuple or list its "
+                "positional ones; with one the model takes the keys that it knows, or the first element.",
+                "Pass loss=fn with fn(output, batch), or have the loader yield what forward accepts.",
+            ) from error
+        raise
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The strategies, and plan, apply and wrap, which turn them into runners."""
 
-from mlsys_engine.strategies.api import apply, plan, wrap
+from mlsys_engine.strategies.api import apply, check_loss, plan, wrap
 from mlsys_engine.strategies.base import PlanOptions, Strategy
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.registry import STRATEGIES, from_name, strategy_type
@@ -11,6 +11,7 @@ __all__ = [
     "PlanOptions",
     "Strategy",
     "apply",
+    "check_loss",
     "from_name",
     "plan",
     "strategy_type",

@@ -41,6 +41,7 @@ def plan(
     cannot work.
     """
     chosen = from_name(strategy)
+    _check_model(model)
     options = PlanOptions(
         precision=precision,
         accumulate=accumulate,
@@ -66,6 +67,8 @@ def apply(
     of the trainable parameters and returns a torch.optim.Optimizer. `loss(output, batch)` returns a mean or
     `(sum, count)`; None takes the output's `.loss`. Afterwards `.to()` and `assign=True` are refused.
     """
+    _check_model(model)
+    check_loss(loss)
     world = init()
     if plan.world_size != world.world_size:
         raise ConfigError(
@@ -103,8 +106,10 @@ def wrap(
     first step, from its first microbatch on rank 0; or earlier and in registration order, when the optimizer
     or the state is asked for before.
     """
-    world = init()
     chosen = from_name(strategy)
+    _check_model(model)
+    check_loss(loss)
+    world = init()
     make_plan = partial(
         plan,
         model,
@@ -124,6 +129,26 @@ def wrap(
     return LazyRunner(model=model, make_plan=make_plan, build=build, world=world)
 
 
+def check_loss(loss: object) -> None:
+    """Refuses a loss that cannot be called; raises ConfigError."""
+    if loss is not None and not callable(loss):
+        raise ConfigError(
+            f"loss={loss!r}.",
+            "A loss is a function of (output, batch) that returns a mean or (sum, count), or None for the "
+            "output's own .loss.",
+            "Pass loss=fn, for example lambda output, batch: functional.cross_entropy(output, batch[1]).",
+        )
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"A {type(model).__name__} was given as the model.",
+            "The model is a torch.nn.Module.",
+            "Pass the module itself.",
+        )
+
+
 def _trace(model: nn.Module, sample: Any) -> Trace:
     """The trace; a tuple is tried as all of the model's arguments, then as (input, what the loss needs)."""
     found = trace(model, sample, call=partial(call_model, with_loss=False))
@@ -134,8 +159,16 @@ def _trace(model: nn.Module, sample: Any) -> Trace:
 
 
 def _world_size(world: int | World | None) -> int:
-    if isinstance(world, bool) or (isinstance(world, int) and world < 1):
-        raise ConfigError(f"world={world}.", "A world has at least one rank.", "Give the number of ranks.")
+    if (
+        isinstance(world, bool)
+        or not isinstance(world, int | World | None)
+        or (isinstance(world, int) and world < 1)
+    ):
+        raise ConfigError(
+            f"world={world!r}.",
+            "A world is a number of ranks, at least one, or what mls.init() returned.",
+            "Give the number of ranks, or leave it out for the current world.",
+        )
     if isinstance(world, int):
         return world
     known = world or current_world()

@@ -34,6 +34,12 @@ class Callbacks:
 
     def __init__(self, callbacks: Iterable[Any]) -> None:
         self._handlers: dict[str, list[tuple[Callable[..., Any], tuple[str, ...]]]] = {e: [] for e in EVENTS}
+        if isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+            raise ConfigError(
+                f"callbacks={callbacks!r}.",
+                "It is a list of objects with methods named after events.",
+                "Pass callbacks=[...], also for a single one.",
+            )
         for callback in callbacks:
             self._register(callback)
 

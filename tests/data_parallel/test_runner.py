@@ -247,6 +247,9 @@ def test_frozen_parameters_are_neither_laid_out_nor_stepped():
         (torch.optim.SGD(mlp().parameters()), "already exists"),
         ("adamw", "factory"),
         (lambda named: None, "returned a NoneType"),
+        (lambda named: torch.optim.SGD([]), "without parameters"),
+        (lambda named: torch.optim.SGD([{"params": []}]), "without parameters"),
+        (lambda named: torch.optim.SGD(mlp().parameters()), "6 parameters that are not this model's"),
     ],
 )
 def test_what_is_no_optimizer_factory_is_refused_and_the_model_left_as_it_was(factory, message):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mlsys_engine.errors import DataError
 from mlsys_engine.numerics import call_model, num_samples, to_device
 
 
@@ -27,7 +28,7 @@ def test_a_mapping_becomes_keyword_arguments():
 def test_keys_that_forward_does_not_accept_are_dropped_only_for_a_loss_function():
     batch = {"x": 2.0, "target": 1.0}
     assert call_model(Strict(), batch, with_loss=True) == 2.0
-    with pytest.raises(TypeError, match="target"):
+    with pytest.raises(DataError, match=r"Strict\.forward .* keys x, target.* Pass loss="):
         call_model(Strict(), batch, with_loss=False)
     assert call_model(Anything(), batch, with_loss=True) == batch
 
@@ -35,6 +36,13 @@ def test_keys_that_forward_does_not_accept_are_dropped_only_for_a_loss_function(
 def test_a_sequence_becomes_positions_and_its_first_element_with_a_loss_function():
     assert call_model(Strict(), (2.0, 3.0), with_loss=False) == 6.0
     assert call_model(Strict(), [2.0, 3.0], with_loss=True) == 2.0
+
+
+def test_a_batch_that_does_not_fit_forward_is_told_as_such_and_the_models_own_errors_stay():
+    with pytest.raises(DataError, match="3 positional arguments, from the batch: too many"):
+        call_model(Strict(), (1.0, 2.0, 3.0), with_loss=False)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        call_model(Strict(), (1.0, {}), with_loss=False)
 
 
 def test_anything_else_is_the_one_argument():

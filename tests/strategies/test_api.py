@@ -39,10 +39,24 @@ def test_planning_needs_no_ranks_and_no_process_group(world, size):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("world", [0, -1, True])
+@pytest.mark.parametrize("world", [0, -1, True, "2", 1.5])
 def test_a_world_without_ranks_is_refused(world):
-    with pytest.raises(ConfigError, match="at least one rank"):
+    with pytest.raises(ConfigError, match="number of ranks, at least one"):
         strategies.plan(mlp(), "data_parallel", world=world)
+
+
+@pytest.mark.parametrize("function", [strategies.plan, strategies.wrap])
+def test_what_is_no_module_is_refused(function):
+    arguments = {"strategy": strategies.DataParallel()}
+    if function is strategies.wrap:
+        arguments["optimizer"] = optim.AdamW
+    with pytest.raises(ConfigError, match="A str was given as the model"):
+        function("gpt2", **arguments)
+
+
+def test_a_loss_that_is_no_function_is_refused():
+    with pytest.raises(ConfigError, match="loss='mse'"):
+        strategies.wrap(mlp(), optimizer=optim.AdamW, loss="mse")
 
 
 def test_a_sample_with_targets_for_the_loss_function_is_traced():

@@ -94,3 +94,9 @@ def test_callbacks_fire_in_their_order() -> None:
 def test_what_does_not_fit_is_refused_with_what_would(callback: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Callbacks([callback])
+
+
+@pytest.mark.parametrize("callbacks", [TakesSome(), "on_fit_end", 3])
+def test_callbacks_that_are_no_list_are_refused(callbacks: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Pass callbacks=\[\.\.\.\]"):
+        Callbacks(callbacks)
