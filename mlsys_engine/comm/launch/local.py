@@ -28,6 +28,9 @@ _LEAVE_S = 0.4
 _KILL_S = 0.8
 # A signal that reached only one rank stops all of them in order, and this long they may take to leave after it.
 _STOP_S = 10.0
+# Survivors may end first, since a culprit that exits in good order still has to take its interpreter down: it
+# gets this long, so that its own status is the one that is told.
+_CULPRIT_S = 3.0
 _POLL_S = 0.02
 _STDERR_KEPT_BYTES = 256 * 1024
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -143,9 +146,7 @@ def _stay_with(ranks: list[_Rank], signals: Sequence[int]) -> int:
                 if member not in ended and member.process.poll() is not None:
                     ended.append(member)
                     if member.process.returncode not in _statuses_as_asked(signals):
-                        stopped = member.process.returncode in _statuses_as_asked(_FORWARDED)
-                        grace_s = _STOP_S if stopped else _LEAVE_S
-                        leave_by = min(now + grace_s, leave_by or math.inf)
+                        leave_by = min(now + _grace_s(member.process.returncode), leave_by or math.inf)
             if leave_by is not None and now > leave_by:
                 number = signal.SIGTERM if now < leave_by + _KILL_S - _LEAVE_S else signal.SIGKILL
                 for member in ranks:
@@ -153,6 +154,13 @@ def _stay_with(ranks: list[_Rank], signals: Sequence[int]) -> int:
                         member.signal(number)
         _drain(selector, 0.0)
     return _verdict(ended, signals)
+
+
+def _grace_s(status: int) -> float:
+    """How long the others may take to leave by themselves after one ended with `status`."""
+    if status in _statuses_as_asked(_FORWARDED):
+        return _STOP_S
+    return _CULPRIT_S if status == SURVIVOR_STATUS else _LEAVE_S
 
 
 def _statuses_as_asked(signals: Sequence[int]) -> set[int]:
