@@ -26,7 +26,7 @@ from mlsys_engine.errors import LaunchError
 # After the first failure the others have this long to leave by themselves, and to leave after SIGTERM.
 _LEAVE_S = 0.4
 _KILL_S = 0.8
-# A signal that reached only one rank stops all of them in order, and this long they may take to leave after it.
+# A signal that reached only one rank stops all of them in order, and they may take this long to leave.
 _STOP_S = 10.0
 # Survivors may end first, since a culprit that exits in good order still has to take its interpreter down: it
 # gets this long, so that its own status is the one that is told.
@@ -64,8 +64,8 @@ def launch_local(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | N
     `argv` is what follows the interpreter (["-m", "mlsys_engine.cli.main", "train"]); `env` adds variables.
     The first rank that fails by itself is the culprit: the others leave or are killed within a second, its
     stderr is shown, and its status returned (128 + n for signal n). SIGINT, SIGTERM, SIGHUP and SIGUSR1 are
-    passed on to the ranks, which may take their time to save; leaving with 128 + n is then no failure, and the job's
-    status. A second signal kills them. Ranks die with this process.
+    passed on to the ranks, which may take their time to save; leaving with 128 + n is then no failure, and
+    the job's status. A second signal kills them. Ranks die with this process.
     """
     if num_ranks < 1:
         raise LaunchError(f"{num_ranks} ranks.", "A job has at least 1.", "Type: --ranks 1, or more.")
