@@ -51,8 +51,8 @@ class TrainingSettings:
     """Name of the parallel strategy."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward."""
-    activation: str | None = None
-    """Policy of activation checkpointing, for example full; None keeps all activations."""
+    activation: str | None = "full"
+    """Policy of activation checkpointing: full computes blocks again, None keeps all activations."""
     compile: bool = False
     """Compile the model with torch.compile."""
     numerics: Literal["fast", "reproducible", "world_invariant"] = "fast"
