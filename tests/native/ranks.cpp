@@ -174,4 +174,9 @@ std::string await_post(const Rank& rank, const std::string& name) {
   return {bytes.begin(), bytes.end()};
 }
 
+void meet(const Rank& rank, const std::string& name) {
+  post(rank, name + "-" + std::to_string(rank.rank), "x");
+  for (int other = 0; other < rank.size; ++other) await_post(rank, name + "-" + std::to_string(other));
+}
+
 }  // namespace ranks

@@ -48,5 +48,8 @@ std::string describe(const Job& job);
 // Writes / waits for a small file in the job's folder: how ranks meet in tests without the code under test.
 void post(const Rank& rank, const std::string& name, const std::string& text);
 std::string await_post(const Rank& rank, const std::string& name);
+// Returns when every rank has called it: between an operation and a death, which would otherwise end the
+// operation on ranks that are still in it.
+void meet(const Rank& rank, const std::string& name);
 
 }  // namespace ranks

@@ -75,6 +75,7 @@ TEST(a_killed_rank_is_named_by_every_survivor) {
     for (int victim = 0; victim < job.size; ++victim) {
       survivors_pass(job, victim, [&](Rank& r) {
         all_reduce_once(r);
+        ranks::meet(r, "ready");
         if (r.rank == victim) ::kill(::getpid(), SIGKILL);
         expect_failure_of(victim, "died", [&] {
           for (;;) all_reduce_once(r, 100000);
@@ -92,10 +93,12 @@ TEST(a_killed_rank_fails_pending_receives) {
       int got = 0;
       if (r.rank == 0) {
         r.comm->barrier(kDefault);
+        ranks::meet(r, "ready");
         ::kill(::getpid(), SIGKILL);
       }
       const auto request = r.comm->recv(&got, sizeof(got), 0, 1);
       r.comm->barrier(kDefault);
+      ranks::meet(r, "ready");
       expect_failure_of(0, "died", [&] { request->wait(kDefault); });
     });
   }
@@ -106,6 +109,7 @@ TEST(a_rank_that_poisons_is_named_with_its_cause) {
     const int culprit = job.size - 1;
     ranks::run(job, [&](Rank& r) {
       all_reduce_once(r);
+      ranks::meet(r, "ready");
       if (r.rank == culprit) {
         r.comm->poison("ValueError: bad sample");
         // Stays until the others have seen it, so that it is not its death that they see.
@@ -322,6 +326,7 @@ TEST(a_forked_child_neither_ends_the_group_nor_hides_its_parents_death) {
       CHECK_EQUAL(::waitpid(child, &status, 0), child);
       CHECK_EQUAL(status, 0);
       all_reduce_once(r);
+      ranks::meet(r, "ready");
       if (r.rank == 0) {
         const pid_t orphan = ::fork();
         if (orphan == 0) {

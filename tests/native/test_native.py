@@ -27,6 +27,7 @@ def make(target: str, timeout_s: float) -> str:
 
 
 @needs_compiler
+@pytest.mark.slow  # compiles for a minute or two
 def test_native_tests_pass_and_no_malformed_frame_breaks_a_parser() -> None:
     assert "tests passed" in make("check", 1200)
     assert "inputs parsed" in make("fuzz", 600)

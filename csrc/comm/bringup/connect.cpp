@@ -28,11 +28,11 @@ int locality_of(const Options& options, int rank) {
 }
 
 std::vector<Identity> exchange_identities(Rendezvous& rendezvous, const Options& options,
-                                          const Identity& mine) {
+                                          const Identity& mine, Liveness& liveness) {
   rendezvous.put("identity", options.rank, encode(mine));
   std::vector<Identity> identities;
   for (int rank = 0; rank < options.size; ++rank) {
-    const std::optional<Identity> identity = decode_identity(rendezvous.get("identity", rank));
+    const std::optional<Identity> identity = decode_identity(rendezvous.get("identity", rank, true));
     if (!identity) {
       throw std::runtime_error("what group rank " + std::to_string(rank) +
                                " published in the store is not readable. All ranks must run the same build.");
@@ -41,6 +41,7 @@ std::vector<Identity> exchange_identities(Rendezvous& rendezvous, const Options&
       throw PeerFailed(global_rank(options, rank), identity->host, identity->pid, identity->failure,
                        "connecting", 0);
     }
+    liveness.add(rank, global_rank(options, rank), *identity, mine);
     identities.push_back(*identity);
   }
   return identities;
@@ -62,7 +63,7 @@ void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<
   std::vector<TcpAddress> data(links.topology.members.size());
   for (int rank = 0; rank < links.topology.size; ++rank) {
     if (links.topology.is_local(rank)) continue;
-    const std::vector<uint8_t> bytes = rendezvous.get("address", rank);
+    const std::vector<uint8_t> bytes = rendezvous.get("address", rank, false);
     const std::string text(bytes.begin(), bytes.end());
     const size_t first = text.find('|'), second = text.rfind('|');
     if (first == std::string::npos || first == second)
@@ -76,7 +77,7 @@ void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<
                                       std::move(data_listener));
 }
 
-std::map<int, Socket> open_controls(Links& links, Deadline deadline) {
+std::map<int, Socket> open_controls(Links& links, const Liveness& liveness, Deadline deadline) {
   std::map<int, Socket> controls;
   if (links.mesh == nullptr || !links.topology.is_leader()) return controls;
   std::vector<int> leaders;
@@ -86,7 +87,7 @@ std::map<int, Socket> open_controls(Links& links, Deadline deadline) {
   Descriptor op;
   op.rank = links.topology.global(links.topology.rank);
   links.mesh->begin(op, deadline);
-  links.mesh->ensure(leaders, Purpose::kControl);
+  links.mesh->ensure(leaders, Purpose::kControl, [&](int rank) { return liveness.is_dead(rank); });
   for (const int leader : leaders) controls.emplace(leader, links.mesh->take_control(leader));
   return controls;
 }
@@ -116,12 +117,13 @@ std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& opti
   auto links = std::make_unique<Links>();
   links->arena = Arena::of_process();
   links->credentials = {options.job_key, options.rank, options.size, hash_name(options.group_name)};
-  Rendezvous rendezvous(std::move(store), key_prefix(options), options.timeout, stop);
+  Liveness liveness;
+  Rendezvous rendezvous(std::move(store), key_prefix(options), options.timeout, stop, liveness);
 
   const Identity mine = identify(locality_of(options, options.rank));
   UniqueFd locality_listener = listen_unix(mine.socket_name);
   links->message_unix_listener = listen_unix(mine.message_socket);
-  const std::vector<Identity> identities = exchange_identities(rendezvous, options, mine);
+  const std::vector<Identity> identities = exchange_identities(rendezvous, options, mine, liveness);
 
   Topology& topology = links->topology;
   topology.rank = options.rank;
@@ -132,12 +134,12 @@ std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& opti
     links->message_endpoints.push_back({identity.message_socket, {}});
   }
   SharedHost shared = prove_locality(rendezvous, links->credentials, identities, std::move(locality_listener),
-                                     links->arena->fd(), stop, deadline);
+                                     links->arena->fd(), stop, liveness, deadline);
   topology.hosts = shared.hosts;
   index_hosts(topology);
   share_memory(*links, shared);
   if (topology.num_hosts() > 1) exchange_addresses(rendezvous, *links, identities);
-  std::map<int, Socket> controls = open_controls(*links, deadline);
+  std::map<int, Socket> controls = open_controls(*links, liveness, deadline);
   std::vector<int> listeners{links->message_unix_listener.get()};
   if (links->message_tcp_listener) listeners.push_back(links->message_tcp_listener.get());
   links->watch = std::make_unique<Watch>(topology, *links->block, *links->faults, std::move(shared.pidfds),

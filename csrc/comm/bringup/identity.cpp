@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "comm/auth/handshake.h"
+#include "comm/bringup/liveness.h"
 
 namespace mlsys::comm {
 namespace {
@@ -73,6 +74,9 @@ Identity identify(int locality) {
   std::array<char, 256> space{};
   if (::readlink("/proc/self/ns/net", space.data(), space.size() - 1) > 0)
     identity.network_space = space.data();
+  space = {};
+  if (::readlink("/proc/self/ns/pid", space.data(), space.size() - 1) > 0)
+    identity.process_space = space.data();
   identity.pid = ::getpid();
   identity.locality = locality;
   const std::string stem = "mlsys-" + std::to_string(identity.pid) + "-" + hex(random_nonce());
@@ -84,8 +88,9 @@ Identity identify(int locality) {
 std::vector<uint8_t> encode(const Identity& identity) {
   std::vector<uint8_t> bytes;
   put_number(bytes, kMagic);
-  for (const std::string* text : {&identity.host, &identity.boot_id, &identity.network_space,
-                                  &identity.socket_name, &identity.message_socket, &identity.failure}) {
+  for (const std::string* text :
+       {&identity.host, &identity.boot_id, &identity.network_space, &identity.process_space,
+        &identity.socket_name, &identity.message_socket, &identity.failure}) {
     put_text(bytes, *text);
   }
   put_number(bytes, identity.pid);
@@ -98,8 +103,9 @@ std::optional<Identity> decode_identity(std::span<const uint8_t> bytes) {
   Reader reader(bytes);
   uint32_t magic = 0;
   if (!reader.number(&magic) || magic != kMagic) return std::nullopt;
-  for (std::string* text : {&identity.host, &identity.boot_id, &identity.network_space, &identity.socket_name,
-                            &identity.message_socket, &identity.failure}) {
+  for (std::string* text :
+       {&identity.host, &identity.boot_id, &identity.network_space, &identity.process_space,
+        &identity.socket_name, &identity.message_socket, &identity.failure}) {
     if (!reader.text(text)) return std::nullopt;
   }
   if (!reader.number(&identity.pid) || !reader.number(&identity.locality) || !reader.at_end())
@@ -108,25 +114,29 @@ std::optional<Identity> decode_identity(std::span<const uint8_t> bytes) {
 }
 
 Rendezvous::Rendezvous(std::shared_ptr<Store> store, std::string prefix, std::chrono::milliseconds timeout,
-                       std::function<bool()> stop)
+                       std::function<bool()> stop, const Liveness& liveness)
     : store_(std::move(store)),
       prefix_(std::move(prefix)),
       deadline_(std::chrono::steady_clock::now() + timeout),
-      stop_(std::move(stop)) {}
+      stop_(std::move(stop)),
+      liveness_(liveness) {}
 
 void Rendezvous::put(const std::string& kind, int rank, const std::vector<uint8_t>& value) {
   store_->set(prefix_ + "/" + kind + "/" + std::to_string(rank), value);
 }
 
-std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank) {
+std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool needs_all) {
   const std::string key = prefix_ + "/" + kind + "/" + std::to_string(rank);
   int num_quick_failures = 0;
   for (;;) {
     const auto started = std::chrono::steady_clock::now();
     if (stop_()) throw TimedOut("the group was shut down while it was still connecting.");
+    // Looked up first: if the key is missing even after that, the death was no orderly end.
+    const int dead = needs_all ? liveness_.first_dead() : (liveness_.is_dead(rank) ? rank : -1);
     try {
       return store_->get(key, kSlice);
     } catch (const std::exception& error) {
+      if (dead >= 0) throw liveness_.failure_of(dead);
       const auto now = std::chrono::steady_clock::now();
       if (now >= deadline_) {
         throw TimedOut("timed out while connecting the group: nothing heard from group rank " +

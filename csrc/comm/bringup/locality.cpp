@@ -17,6 +17,8 @@ namespace {
 
 using Deadline = std::chrono::steady_clock::time_point;
 
+constexpr std::chrono::milliseconds kGrace{300};
+
 bool could_share(const Identity& left, const Identity& right) {
   return left.boot_id == right.boot_id && left.network_space == right.network_space &&
          left.locality == right.locality;
@@ -29,9 +31,19 @@ int candidate_leader(const std::vector<Identity>& identities, int rank) {
   return leader;
 }
 
-void expect_time(Deadline deadline, const std::function<bool()>& stop, const char* what) {
-  if (stop()) throw TimedOut("the group was shut down while it was still connecting.");
-  if (std::chrono::steady_clock::now() >= deadline) {
+// What ends the waits of bring-up besides success.
+struct Patience {
+  const std::function<bool()>& stop;
+  const Liveness& liveness;
+  Deadline deadline;
+};
+
+void expect_time(const Patience& patience, std::span<const int> awaited, const char* what) {
+  if (patience.stop()) throw TimedOut("the group was shut down while it was still connecting.");
+  for (const int rank : awaited) {
+    if (patience.liveness.is_dead(rank)) throw patience.liveness.failure_of(rank);
+  }
+  if (std::chrono::steady_clock::now() >= patience.deadline) {
     throw TimedOut(std::string("timed out while connecting the group: ") + what);
   }
 }
@@ -58,12 +70,11 @@ Offer my_offer(int arena_fd) {
 
 // Accepts all of `awaited`; strangers are dropped by the acceptor.
 std::map<int, Socket> accept_members(UniqueFd listening, const Credentials& credentials,
-                                     std::vector<int> awaited, const std::function<bool()>& stop,
-                                     Deadline deadline) {
+                                     std::vector<int> awaited, const Patience& patience) {
   Acceptor acceptor(std::move(listening), credentials);
   std::map<int, Socket> members;
   while (!awaited.empty()) {
-    expect_time(deadline, stop, "a local rank connected but did not prove the job's key.");
+    expect_time(patience, awaited, "a local rank connected but did not prove the job's key.");
     std::vector<pollfd> polls;
     acceptor.append_polls(polls);
     if (::poll(polls.data(), polls.size(), 100) < 0 && errno != EINTR) throw_errno("poll");
@@ -76,9 +87,9 @@ std::map<int, Socket> accept_members(UniqueFd listening, const Credentials& cred
 }
 
 void lead(SharedHost& host, const std::vector<int>& ranks, UniqueFd listening, const Credentials& credentials,
-          Offer own, const std::function<bool()>& stop, Deadline deadline) {
-  std::map<int, Socket> members = accept_members(
-      std::move(listening), credentials, std::vector<int>(ranks.begin() + 1, ranks.end()), stop, deadline);
+          Offer own, const Patience& patience) {
+  std::map<int, Socket> members = accept_members(std::move(listening), credentials,
+                                                 std::vector<int>(ranks.begin() + 1, ranks.end()), patience);
   std::vector<Offer> offers;
   offers.push_back(std::move(own));
   for (size_t local = 1; local < ranks.size(); ++local) {
@@ -97,8 +108,7 @@ void lead(SharedHost& host, const std::vector<int>& ranks, UniqueFd listening, c
 }
 
 void follow(SharedHost& host, size_t num_local, int leader, UniqueFd connection,
-            const Credentials& credentials, const Offer& own, const std::function<bool()>& stop,
-            Deadline deadline) {
+            const Credentials& credentials, const Offer& own, const Patience& patience) {
   Handshake handshake = Handshake::call(std::move(connection), credentials, Purpose::kLocality, leader);
   for (;;) {
     const HandshakeState state = handshake.step();
@@ -107,7 +117,7 @@ void follow(SharedHost& host, size_t num_local, int leader, UniqueFd connection,
       throw std::runtime_error("the local rank " + std::to_string(leader) + " refused the connection: " +
                                handshake.failure() + ". All ranks need the same MLSYS_JOB_KEY.");
     }
-    expect_time(deadline, stop, "the first rank of this host does not answer.");
+    expect_time(patience, std::array{leader}, "the first rank of this host does not answer.");
     pollfd waiting{handshake.fd(), static_cast<short>(handshake.wants_to_write() ? POLLOUT : POLLIN), 0};
     if (::poll(&waiting, 1, 100) < 0 && errno != EINTR) throw_errno("poll");
   }
@@ -126,7 +136,7 @@ void follow(SharedHost& host, size_t num_local, int leader, UniqueFd connection,
 
 SharedHost prove_locality(Rendezvous& rendezvous, const Credentials& credentials,
                           const std::vector<Identity>& identities, UniqueFd listening, int arena_fd,
-                          std::function<bool()> stop, Deadline deadline) {
+                          std::function<bool()> stop, const Liveness& liveness, Deadline deadline) {
   const int rank = credentials.rank;
   const int leader = candidate_leader(identities, rank);
   UniqueFd connection;
@@ -138,7 +148,7 @@ SharedHost prove_locality(Rendezvous& rendezvous, const Credentials& credentials
   std::map<int, size_t> host_of_leader;
   size_t mine = 0;
   for (int other = 0; other < credentials.size; ++other) {
-    const std::vector<uint8_t> verdict = rendezvous.get("joined", other);
+    const std::vector<uint8_t> verdict = rendezvous.get("joined", other, true);
     const int its_leader = verdict == std::vector<uint8_t>{1} ? candidate_leader(identities, other) : other;
     const auto [entry, fresh] = host_of_leader.try_emplace(its_leader, host.hosts.size());
     if (fresh) host.hosts.emplace_back();
@@ -147,10 +157,19 @@ SharedHost prove_locality(Rendezvous& rendezvous, const Credentials& credentials
   }
   const std::vector<int>& ranks = host.hosts[mine];
   Offer own = my_offer(arena_fd);
-  if (ranks.front() == rank) {
-    lead(host, ranks, std::move(listening), credentials, std::move(own), stop, deadline);
-  } else {
-    follow(host, ranks.size(), ranks.front(), std::move(connection), credentials, own, stop, deadline);
+  const Patience patience{stop, liveness, deadline};
+  try {
+    if (ranks.front() == rank) {
+      lead(host, ranks, std::move(listening), credentials, std::move(own), patience);
+    } else {
+      follow(host, ranks.size(), ranks.front(), std::move(connection), credentials, own, patience);
+    }
+  } catch (const PeerFailed&) {
+    throw;
+  } catch (const std::runtime_error&) {
+    // A connection that ends early is most often a death, here or further on; that is what should be named.
+    if (const int dead = liveness.first_dead(kGrace); dead >= 0) throw liveness.failure_of(dead);
+    throw;
   }
   return host;
 }

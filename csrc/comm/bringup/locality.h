@@ -5,6 +5,7 @@
 
 #include "comm/auth/handshake.h"
 #include "comm/bringup/identity.h"
+#include "comm/bringup/liveness.h"
 #include "memory/posix.h"
 
 namespace mlsys::comm {
@@ -24,6 +25,7 @@ struct SharedHost {
 // the hosts.
 SharedHost prove_locality(Rendezvous& rendezvous, const Credentials& credentials,
                           const std::vector<Identity>& identities, UniqueFd listening, int arena_fd,
-                          std::function<bool()> stop, std::chrono::steady_clock::time_point deadline);
+                          std::function<bool()> stop, const Liveness& liveness,
+                          std::chrono::steady_clock::time_point deadline);
 
 }  // namespace mlsys::comm

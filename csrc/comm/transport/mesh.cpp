@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 
 namespace mlsys::comm {
 namespace {
@@ -33,7 +34,7 @@ int Mesh::poll_timeout_ms() const {
   return static_cast<int>(std::clamp<int64_t>(left, 0, 200));
 }
 
-void Mesh::ensure(std::span<const int> peers, Purpose purpose) {
+void Mesh::ensure(std::span<const int> peers, Purpose purpose, const std::function<bool(int)>& is_dead) {
   std::vector<Handshake> calls;
   std::vector<int> missing;
   for (const int peer : peers) {
@@ -41,9 +42,7 @@ void Mesh::ensure(std::span<const int> peers, Purpose purpose) {
     if (peer == topology_.rank || sockets(purpose).contains(peer)) continue;
     if (std::find(missing.begin(), missing.end(), peer) != missing.end()) continue;
     missing.push_back(peer);
-    if (peer < topology_.rank) {
-      calls.push_back(Handshake::call(connect_tcp(addresses_[peer]), credentials_, purpose, peer));
-    }
+    if (peer < topology_.rank) calls.push_back(call(peer, purpose));
   }
   const auto have = [&](int peer) { return sockets(purpose).contains(peer); };
   while (std::erase_if(missing, have), !missing.empty()) {
@@ -70,9 +69,21 @@ void Mesh::ensure(std::span<const int> peers, Purpose purpose) {
     std::erase_if(missing, have);
     for (const int peer : missing) {
       if (faults_.has_left(peer)) faults_.fail_left(peer, op_);
+      if (is_dead && is_dead(peer))
+        faults_.lost(peer, "its process died while the group was connecting", op_);
     }
     if (!missing.empty() && Clock::now() >= deadline_) time_out(missing, "a connection with");
   }
+}
+
+Handshake Mesh::call(int peer, Purpose purpose) const {
+  UniqueFd fd;
+  try {
+    fd = connect_tcp(addresses_[static_cast<size_t>(peer)]);
+  } catch (const std::system_error& error) {  // refused at once: nobody listens there any more
+    faults_.lost(peer, error.what(), op_);
+  }
+  return Handshake::call(std::move(fd), credentials_, purpose, peer);
 }
 
 Socket Mesh::take_control(int peer) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <optional>
 #include <span>
 #include <unordered_map>
@@ -40,8 +41,10 @@ class Mesh {
   // Names the operation in errors and sets the deadline of all waits until the next begin().
   void begin(const Descriptor& op, Clock::time_point deadline);
 
-  // Returns when there is a connection to each of `peers`.
-  void ensure(std::span<const int> peers, Purpose purpose = Purpose::kData);
+  // Returns when there is a connection to each of `peers`. `is_dead` says what the watch thread cannot say
+  // while the group connects.
+  void ensure(std::span<const int> peers, Purpose purpose = Purpose::kData,
+              const std::function<bool(int)>& is_dead = nullptr);
   Socket take_control(int peer);
 
   // Moves what can be moved now and returns the number of bytes, possibly 0.
@@ -59,6 +62,8 @@ class Mesh {
   uint64_t bytes_received() const { return bytes_received_; }
 
  private:
+  // Calls a rank of another host; throws PeerFailed when it is refused.
+  Handshake call(int peer, Purpose purpose) const;
   using Sockets = std::unordered_map<int, Socket>;
 
   Sockets& sockets(Purpose purpose) { return purpose == Purpose::kControl ? control_ : data_; }

@@ -1,0 +1,38 @@
+// Which ranks have died while the group connects. Before there is a watch thread, whoever waits looks here.
+#pragma once
+
+#include <chrono>
+#include <map>
+
+#include "comm/bringup/identity.h"
+#include "comm/communicator.h"
+#include "memory/posix.h"
+
+namespace mlsys::comm {
+
+// Holds a pidfd for every rank of this kernel and process namespace; others cannot be watched, and count as
+// alive.
+class Liveness {
+ public:
+  // Call once for each rank as its identity becomes known. `mine` tells which ranks can be watched.
+  void add(int rank, int global_rank, const Identity& theirs, const Identity& mine);
+
+  bool is_dead(int rank) const;
+  // The lowest rank that died, or -1. Waits up to `grace` for one, because a dying process closes its sockets
+  // before it counts as dead.
+  int first_dead(std::chrono::milliseconds grace = {}) const;
+
+  // PeerFailed that names group rank `rank`.
+  PeerFailed failure_of(int rank) const;
+
+ private:
+  struct Peer {
+    int global_rank;
+    std::string host;
+    int64_t pid;
+    UniqueFd pidfd;  // empty when the process was gone already
+  };
+  std::map<int, Peer> peers_;
+};
+
+}  // namespace mlsys::comm
