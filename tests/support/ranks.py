@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 import mlsys_engine
+from tests.support.no_gloo import forbid_gloo
 
 _ROOT = Path(__file__).resolve().parents[2]
 # torch._dynamo, because every torch.optim.Optimizer imports it when it is made.
@@ -61,9 +62,9 @@ def run_ranks(
 ) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` on each rank and returns the values in rank order.
 
-    `fn` must be a module-level function (it is pickled by name). With `init` each rank first calls
-    `mls.init()`. `env` adds variables to all ranks (the server's own were fixed at its start).
-    Raises AssertionError with every failing rank's traceback.
+    `fn` must be a module-level function (it is pickled by name). With `init` each rank first makes gloo
+    impossible to construct and calls `mls.init()`. `env` adds variables to all ranks (the server's own were
+    fixed at its start). Raises AssertionError with every failing rank's traceback.
     """
     outcomes = run_ranks_collecting(fn, world_size, *args, timeout_s=timeout_s, init=init, env=env)
     failed = [
@@ -162,6 +163,7 @@ def _rank_main(sender: Connection, work: _Work, listener: socket.socket | None) 
     failed = False
     try:
         if work.init:
+            forbid_gloo()
             mlsys_engine.init()
         value: tuple[Any, str | None] = (work.fn(work.rank, work.world_size, *work.args), None)
     except BaseException as error:
