@@ -19,7 +19,7 @@ from mlsys_engine import (
     tracking,
 )
 from mlsys_engine.comm.launch import World, init
-from mlsys_engine.plan.runner import EvalResult, Runner, StepResult
+from mlsys_engine.plan import EvalResult, Plan, Runner, StepResult
 from mlsys_engine.strategies import DataParallel, apply, plan, wrap
 from mlsys_engine.trainer import SaveEvery, Trainer, TrainingInterrupted
 
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataParallel",
     "EvalResult",
+    "Plan",
     "Runner",
     "SaveEvery",
     "StepResult",
