@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class LocalTracker:
             "manifest": manifest,
         }
         self._log = MetricsLog(self.run_dir / runs.METRICS_FILE, keep_to_step=step if earlier else None)
+        self._fields["metrics"] = _latest(read_metrics(self.run_dir / runs.METRICS_FILE).rows)
         self._write_record()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,6 +121,14 @@ class LocalTracker:
         rows = read_metrics(self.run_dir / runs.METRICS_FILE).rows
         json_files.write_text(self.run_dir / runs.PICTURE_FILE, loss_picture(self._fields, rows))
         return rows
+
+
+def _latest(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The last value of every metric in rows that are in order of their steps."""
+    latest: dict[str, float] = {}
+    for row in rows:
+        latest.update(row)
+    return {name: value for name, value in latest.items() if name not in ("step", "time")}
 
 
 def _now() -> str:

@@ -84,6 +84,14 @@ def test_a_resumed_run_goes_on_in_the_same_files_and_forgets_what_is_taken_again
     assert (tmp_path / "code.before-step-3.diff").read_text() == "old"
 
 
+def test_a_resumed_run_with_nothing_left_to_train_keeps_its_metrics(tmp_path: Path) -> None:
+    _train(tmp_path, range(1, 8), _info(tmp_path))
+    tracker = LocalTracker(tmp_path)
+    tracker.start(_info(tmp_path, resumed_from_step=7))
+    tracker.finish("completed", {})
+    assert read_run(tmp_path).fields["metrics"]["loss"] == 1.0 / 7
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_over_in_its_folder(tmp_path: Path) -> None:
     _train(tmp_path, range(1, 8), _info(tmp_path), status="failed")
     _train(tmp_path, range(1, 3), _info(tmp_path))
