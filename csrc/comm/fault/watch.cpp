@@ -56,10 +56,14 @@ void Watch::run() noexcept {
         if (errno == EINTR) continue;
         throw_errno("poll of the watch thread");
       }
-      const bool stopping = stopping_.load(std::memory_order_seq_cst);
-      // The doorbell comes first: a poison record names the root cause of the deaths that follow it.
+      // The doorbell comes first: a poison record names the root cause of the deaths that follow it. It is
+      // drained before stopping_ is read, since stop() sets that before it rings: read the other way round, a
+      // ring between the two would be swallowed and the thread would sleep for ever.
       on_doorbell();
-      if (stopping) return;
+      if (stopping_.load(std::memory_order_seq_cst)) {
+        on_doorbell();  // what was told to this rank before stop()
+        return;
+      }
       const pollfd* next = waiting.data() + 1;
       for (size_t local = 0; local < pidfds_.size(); ++local) {
         if ((next++)->revents != 0) on_death(local);
