@@ -27,14 +27,14 @@ def make(target: str, timeout_s: float) -> str:
 
 
 @needs_compiler
-@pytest.mark.slow  # compiles for a minute or two
-def test_native_tests_pass_and_no_malformed_frame_breaks_a_parser() -> None:
-    assert "tests passed" in make("check", 600)
-    assert "inputs parsed" in make("fuzz", 600)
+@pytest.mark.slow  # compiles for minutes
+def test_native_tests_pass_under_asan_and_no_malformed_frame_breaks_a_parser() -> None:
+    done = make("asan", 900)
+    assert "tests passed" in done
+    assert "inputs parsed" in done
 
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-def test_native_tests_pass_under_the_sanitizers(sanitizer: str) -> None:
-    assert "tests passed" in make(sanitizer, 900)
+def test_native_tests_pass_under_tsan() -> None:
+    assert "tests passed" in make("tsan", 900)
