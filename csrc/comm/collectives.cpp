@@ -4,6 +4,7 @@
 #include "comm/algorithms/hosts.h"
 #include "comm/algorithms/local.h"
 #include "comm/engine.h"
+#include "core/dtype.h"
 
 namespace mlsys::comm {
 namespace {
@@ -17,12 +18,6 @@ std::span<const std::byte> inline_of(const void* data, size_t bytes) {
   return fits_inline(bytes) ? bytes_at(data, bytes) : std::span<const std::byte>();
 }
 
-void expect_entries(size_t given, int expected, const char* what) {
-  if (given == static_cast<size_t>(expected)) return;
-  throw std::invalid_argument(std::to_string(given) + " " + what + " were given; expected " +
-                              std::to_string(expected) + ", one for each rank of the group.");
-}
-
 bool contiguous(std::span<const void* const> parts, size_t bytes) {
   for (size_t i = 1; i < parts.size(); ++i) {
     if (parts[i] != at(parts[0], i * bytes)) return false;
@@ -32,6 +27,28 @@ bool contiguous(std::span<const void* const> parts, size_t bytes) {
 
 }  // namespace
 
+void Engine::expect_entries(size_t given, int expected, const char* what) {
+  if (given == static_cast<size_t>(expected)) return;
+  throw std::invalid_argument(std::to_string(given) + " " + what + " were given; expected " +
+                              std::to_string(expected) + ", one for each rank of the group.");
+}
+
+Context Engine::begin_reduction(OpKind kind, const void* data, size_t count, const Reduction& reduction,
+                                Timeout timeout) {
+  const size_t bytes = count * size_of(static_cast<DType>(reduction.dtype));
+  Descriptor call = new_reduction(kind, count, -1, reduction);
+  call.arena_offset = offset_of(data, bytes);
+  return begin(call, timeout, inline_of(data, bytes));
+}
+
+Context Engine::begin_scatter(OpKind kind, std::span<const void* const> inputs, size_t count,
+                              const Reduction& reduction, Timeout timeout) {
+  const size_t bytes = count * size_of(static_cast<DType>(reduction.dtype));
+  Descriptor call = new_reduction(kind, count, -1, reduction);
+  if (contiguous(inputs, bytes)) call.arena_offset = offset_of(inputs[0], bytes * inputs.size());
+  return begin(call, timeout, {});
+}
+
 void Engine::all_reduce(void* data, size_t count, Reduction reduction, Timeout timeout) {
   const std::lock_guard lock(running_);
   expect_open();
@@ -40,10 +57,7 @@ void Engine::all_reduce(void* data, size_t count, Reduction reduction, Timeout t
     begin_alone();
     return reducer.reduce(std::array<const void*, 1>{data}, std::array{data}, count);
   }
-  const size_t bytes = count * reducer.element_bytes();
-  Descriptor call = new_reduction(OpKind::kAllReduce, count, -1, reduction);
-  call.arena_offset = offset_of(data, bytes);
-  Context context = begin(call, timeout, inline_of(data, bytes));
+  Context context = begin_reduction(OpKind::kAllReduce, data, count, reduction, timeout);
   if (context.mesh == nullptr) return local_reduce(context, reducer, data, count, -1);
   hosts_reduce(context, reducer, data, count, -1);
 }
@@ -90,10 +104,7 @@ void Engine::reduce_scatter(std::span<const void* const> inputs, void* output, s
     begin_alone();
     return reducer.reduce(inputs, std::array{output}, count);
   }
-  const size_t bytes = count * reducer.element_bytes();
-  Descriptor call = new_reduction(OpKind::kReduceScatter, count, -1, reduction);
-  if (contiguous(inputs, bytes)) call.arena_offset = offset_of(inputs[0], bytes * inputs.size());
-  Context context = begin(call, timeout, {});
+  Context context = begin_scatter(OpKind::kReduceScatter, inputs, count, reduction, timeout);
   if (context.mesh == nullptr) return local_reduce_scatter(context, reducer, inputs, output, count);
   hosts_reduce_scatter(context, reducer, inputs, output, count);
 }

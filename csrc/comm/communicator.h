@@ -47,6 +47,10 @@ struct Reduction {
   double factor = 1.0;  // used by kPremulSum alone
 };
 
+// How all_reduce_compressed encodes what travels between hosts. kBFloat16: 2 bytes an element. kInt8: blocks
+// of 256 elements with one fp32 scale, 1.02 bytes an element. csrc/comm/codec/codec.h has the formats.
+enum class Compression : uint8_t { kBFloat16, kInt8 };
+
 // The rendezvous that all ranks of the group share; implemented by the binding on c10d::Store.
 class Store {
  public:
@@ -131,6 +135,18 @@ class Communicator {
   // inputs[r] is this rank's contribution to rank r; `output` may equal inputs[rank()].
   virtual void reduce_scatter(std::span<const void* const> inputs, void* output, size_t count,
                               Reduction reduction, Timeout timeout) = 0;
+  // The same results as all_reduce and reduce_scatter up to rounding, combined as one binary tree over the
+  // ranks in rank order, whichever hosts they are on: the bits do not depend on the layout of hosts. Between
+  // hosts they send more than the plain ones unless every host holds an aligned run of 2^k ranks.
+  virtual void all_reduce_tree(void* data, size_t count, Reduction reduction, Timeout timeout) = 0;
+  virtual void reduce_scatter_tree(std::span<const void* const> inputs, void* output, size_t count,
+                                   Reduction reduction, Timeout timeout) = 0;
+  // Sum of fp32 over all ranks, divided by the group size if `average`. Inside a host it is all_reduce; what
+  // travels between hosts is encoded. `residual`, when not null, has `count` elements: what encoding lost on
+  // this rank so far, added to what it encodes now and updated. The sum of all ranks' residuals is what has
+  // not been delivered yet. All ranks get the same bits.
+  virtual void all_reduce_compressed(float* data, size_t count, bool average, Compression compression,
+                                     float* residual, Timeout timeout) = 0;
   virtual void broadcast(void* data, size_t bytes, int root, Timeout timeout) = 0;
   // `outputs` has size() entries on root and is empty elsewhere.
   virtual void gather(const void* input, std::span<void* const> outputs, size_t bytes, int root,

@@ -26,6 +26,11 @@ class Engine final : public Communicator {
   void all_gather(const void* input, std::span<void* const> outputs, size_t bytes, Timeout timeout) override;
   void reduce_scatter(std::span<const void* const> inputs, void* output, size_t count, Reduction reduction,
                       Timeout timeout) override;
+  void all_reduce_tree(void* data, size_t count, Reduction reduction, Timeout timeout) override;
+  void reduce_scatter_tree(std::span<const void* const> inputs, void* output, size_t count,
+                           Reduction reduction, Timeout timeout) override;
+  void all_reduce_compressed(float* data, size_t count, bool average, Compression compression,
+                             float* residual, Timeout timeout) override;
   void broadcast(void* data, size_t bytes, int root, Timeout timeout) override;
   void gather(const void* input, std::span<void* const> outputs, size_t bytes, int root,
               Timeout timeout) override;
@@ -58,6 +63,12 @@ class Engine final : public Communicator {
   // carry beside the descriptor), opens connections, and waits until all ranks of this host agree about the
   // call.
   Context begin(Descriptor call, Timeout timeout, std::span<const std::byte> inline_payload);
+  // For a reduction of one tensor to all ranks, and for one of `inputs`, one for each rank.
+  Context begin_reduction(OpKind kind, const void* data, size_t count, const Reduction& reduction,
+                          Timeout timeout);
+  Context begin_scatter(OpKind kind, std::span<const void* const> inputs, size_t count,
+                        const Reduction& reduction, Timeout timeout);
+  static void expect_entries(size_t given, int expected, const char* what);
   void check_other_hosts(const Links& links, const std::vector<int>& neighbours);
   void begin_alone();
   // The sizes that this rank sends to the ranks of its host.

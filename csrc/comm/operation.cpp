@@ -5,7 +5,18 @@
 namespace mlsys::comm {
 
 bool is_reduction(OpKind kind) {
-  return kind == OpKind::kAllReduce || kind == OpKind::kReduce || kind == OpKind::kReduceScatter;
+  switch (kind) {
+    case OpKind::kAllReduce:
+    case OpKind::kReduce:
+    case OpKind::kReduceScatter:
+    case OpKind::kAllReduceTree:
+    case OpKind::kReduceScatterTree:
+    case OpKind::kAllReduceBf16:
+    case OpKind::kAllReduceInt8:
+      return true;
+    default:
+      return false;
+  }
 }
 
 bool same_operation(const Descriptor& left, const Descriptor& right) {
@@ -19,14 +30,27 @@ bool same_operation(const Descriptor& left, const Descriptor& right) {
 
 bool is_plausible(const Descriptor& descriptor) {
   return descriptor.magic == Descriptor::kMagic && descriptor.kind > OpKind::kNone &&
-         descriptor.kind <= OpKind::kReceive && descriptor.dtype <= ElementType::kBool &&
+         descriptor.kind <= OpKind::kLast && descriptor.dtype <= ElementType::kBool &&
          descriptor.reduce_op <= ReduceOp::kPremulSum;
 }
 
 const char* name_of(OpKind kind) {
-  constexpr const char* kNames[] = {"no operation",   "all_reduce", "reduce", "all_gather",
-                                    "reduce_scatter", "broadcast",  "gather", "scatter",
-                                    "all_to_all",     "barrier",    "send",   "recv"};
+  constexpr const char* kNames[] = {"no operation",
+                                    "all_reduce",
+                                    "reduce",
+                                    "all_gather",
+                                    "reduce_scatter",
+                                    "broadcast",
+                                    "gather",
+                                    "scatter",
+                                    "all_to_all",
+                                    "barrier",
+                                    "send",
+                                    "recv",
+                                    "all_reduce_tree",
+                                    "reduce_scatter_tree",
+                                    "all_reduce_compressed to bf16",
+                                    "all_reduce_compressed to int8"};
   const auto index = static_cast<size_t>(kind);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }

@@ -21,6 +21,11 @@ enum class OpKind : uint8_t {
   kBarrier,
   kSend,
   kReceive,
+  kAllReduceTree,
+  kReduceScatterTree,
+  kAllReduceBf16,
+  kAllReduceInt8,
+  kLast = kAllReduceInt8,
 };
 
 // Published before every collective, in shared memory and on the wire; the layout is the wire format

@@ -16,6 +16,13 @@ namespace mlsys::comm {
 void hosts_reduce(Context& context, const Reducer& reducer, void* data, size_t count, int root);
 void hosts_reduce_scatter(Context& context, const Reducer& reducer, std::span<const void* const> inputs,
                           void* output, size_t count);
+// In the order of the canonical tree over ranks: hosts_tree.cpp.
+void hosts_reduce_tree(Context& context, const Reducer& reducer, void* data, size_t count);
+void hosts_reduce_scatter_tree(Context& context, const Reducer& reducer, std::span<const void* const> inputs,
+                               void* output, size_t count);
+// Sum / divisor, encoded between hosts; `residual` may be null: hosts_compressed.cpp.
+void hosts_reduce_compressed(Context& context, Compression compression, float divisor, float* data,
+                             size_t count, float* residual);
 void hosts_all_gather(Context& context, const void* input, std::span<void* const> outputs, size_t bytes);
 void hosts_broadcast(Context& context, void* data, size_t bytes, int root);
 void hosts_barrier(Context& context);

@@ -114,6 +114,10 @@ std::vector<int> tcp_peers(const Topology& topology, OpKind kind, int root) {
       if (topology.rank == root) return remote;
       return topology.is_local(root) ? std::vector<int>{} : std::vector<int>{root};
     case OpKind::kReduceScatter:
+    case OpKind::kAllReduceTree:
+    case OpKind::kReduceScatterTree:
+    case OpKind::kAllReduceBf16:
+    case OpKind::kAllReduceInt8:
       return topology.is_leader() ? leaders : std::vector<int>{};
     case OpKind::kBroadcast: {
       const int root_leader = topology.leader_of(topology.host_of[root]);
