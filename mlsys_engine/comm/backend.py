@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mlsys_engine.comm.environment import job_key, locality
+from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
 from mlsys_engine.native import load_comm
 
 NAME = "mlsys"
@@ -24,6 +25,7 @@ def register() -> None:
 
 def create_group(options: Any, _backend_options: Any) -> Any:
     """Called by torch for each new group with its rendezvous store; connects to nobody yet."""
+    put_buckets_into_the_arena()
     ranks: Sequence[int] = list(options.global_ranks_in_group) or range(options.group_size)
     group = load_comm().create(
         store=options.store,

@@ -29,6 +29,11 @@ def native_group(group: dist.ProcessGroup | None = None) -> Any:
     return found
 
 
+def is_native(group: dist.ProcessGroup) -> bool:
+    """Whether this rank's CPU tensors travel through the native backend in `group`."""
+    return _native(group) is not None
+
+
 def live_groups() -> Iterator[Any]:
     """Every native group that this rank belongs to, the default one first."""
     if dist.is_available() and dist.is_initialized():

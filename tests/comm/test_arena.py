@@ -7,6 +7,8 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlsys_engine import comm
 from tests.comm.inputs import assert_reduced, tensor_of
@@ -110,9 +112,35 @@ def _ddp_buckets(rank, world_size):
     for _ in range(3):  # the buckets are rebuilt after the first step
         model.zero_grad()
         model(torch.ones(1, 800)).sum().backward()
-    assert comm.in_arena(model.module.weight.grad)
-    return comm.counters().zero_copy_operations
+    return comm.in_arena(model.module.weight.grad), comm.counters().zero_copy_operations > 0
 
 
-def test_ddp_puts_its_buckets_into_the_arena_when_asked(run_ranks):
-    assert min(run_ranks(_ddp_buckets, 2, env={"DDP_DISABLE_COMM_MEM": "0"})) > 0
+def test_ddp_puts_its_buckets_into_the_arena_unless_told_not_to(run_ranks):
+    assert run_ranks(_ddp_buckets, 2) == [(True, True)] * 2
+    assert run_ranks(_ddp_buckets, 2, env={"DDP_DISABLE_COMM_MEM": "1"}) == [(False, False)] * 2
+
+
+def _fsdp_buckets(rank, world_size, wrap, in_arena):
+    """Which of the buffers that FSDP2 gives to the collectives lie in the arena."""
+    model = torch.nn.Linear(64, 64)
+    fully_shard(model)
+    if wrap is not None:
+        model.set_allocate_memory_from_process_group_for_comm(wrap)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+            if function.namespace == "c10d":
+                tensors = [value for value in args[:2] if isinstance(value, torch.Tensor)]
+                seen.update((str(function), comm.in_arena(tensor)) for tensor in tensors)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        model(torch.ones(1, 64)).sum().backward()
+    assert {where for _, where in seen} == {in_arena}, seen
+    assert {name.split(".")[1] for name, _ in seen} == {"_allgather_base_", "_reduce_scatter_base_"}
+
+
+def test_fsdp2_puts_its_buckets_into_the_arena_unless_told_not_to(run_ranks):
+    run_ranks(_fsdp_buckets, 2, None, True)
+    run_ranks(_fsdp_buckets, 2, False, False)
