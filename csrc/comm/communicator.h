@@ -182,6 +182,7 @@ class Communicator {
   // --------------------------------------------------------------------------------------
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  virtual int num_hosts() const = 0;      // sets of ranks that share memory; 0 before the first operation
   virtual uint64_t sequence() const = 0;  // of the last collective started on this rank
   virtual Counters counters() const = 0;
   // One line in words: which ranks share memory, which go over TCP.

@@ -181,6 +181,12 @@ std::shared_ptr<Request> Engine::recv(void* data, size_t bytes, int source, uint
   return m->receive(data, bytes, source, tag);
 }
 
+int Engine::num_hosts() const {
+  const Links* l = connected_.load(std::memory_order_acquire);
+  if (options_.size == 1) return 1;
+  return l == nullptr ? 0 : l->topology.num_hosts();
+}
+
 Counters Engine::counters() const {
   Counters counters;
   counters.operations = live_.operations.load(std::memory_order_relaxed);

@@ -49,6 +49,7 @@ class Engine final : public Communicator {
 
   int rank() const override { return options_.rank; }
   int size() const override { return options_.size; }
+  int num_hosts() const override;
   uint64_t sequence() const override { return sequence_.load(std::memory_order_relaxed); }
   Counters counters() const override;
   std::string describe_transports() const override;

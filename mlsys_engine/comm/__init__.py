@@ -7,6 +7,7 @@ in shared memory), `counters` and `poison`. Nothing is opened, started or loaded
 
 from mlsys_engine.comm.arena import empty, in_arena
 from mlsys_engine.comm.backend import register
+from mlsys_engine.comm.compressed import all_reduce_compressed, num_hosts
 from mlsys_engine.comm.counters import Counters, counters, describe_transports
 from mlsys_engine.comm.faults import poison
 from mlsys_engine.comm.functional import (
@@ -22,6 +23,7 @@ from mlsys_engine.comm.functional import (
     scatter,
     send,
 )
+from mlsys_engine.comm.tree import all_reduce_tree, reduce_scatter_tree
 from mlsys_engine.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerFailedError
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "PeerFailedError",
     "all_gather",
     "all_reduce",
+    "all_reduce_compressed",
+    "all_reduce_tree",
     "all_to_all",
     "barrier",
     "broadcast",
@@ -39,10 +43,12 @@ __all__ = [
     "empty",
     "gather",
     "in_arena",
+    "num_hosts",
     "poison",
     "recv",
     "reduce",
     "reduce_scatter",
+    "reduce_scatter_tree",
     "scatter",
     "send",
 ]

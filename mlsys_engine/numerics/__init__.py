@@ -5,10 +5,12 @@ from mlsys_engine.numerics.clip import GradientScale, gradient_scale
 from mlsys_engine.numerics.loss import Loss, loss_sum_and_count, shifts_labels
 from mlsys_engine.numerics.modes import numerics_mode
 from mlsys_engine.numerics.rng import derived_seed, seed_data_rank
+from mlsys_engine.numerics.tree_sum import TreeSum
 
 __all__ = [
     "GradientScale",
     "Loss",
+    "TreeSum",
     "call_model",
     "derived_seed",
     "gradient_scale",

@@ -72,6 +72,13 @@ PYBIND11_MODULE(_comm, m) {
            })
       .def("describe_transports",
            [](ProcessGroupMlsys& group) { return group.membership()->communicator().describe_transports(); })
+      .def("all_reduce_tree", &ProcessGroupMlsys::all_reduce_tree, py::call_guard<py::gil_scoped_release>())
+      .def("reduce_scatter_tree", &ProcessGroupMlsys::reduce_scatter_tree,
+           py::call_guard<py::gil_scoped_release>())
+      .def("all_reduce_compressed", &ProcessGroupMlsys::all_reduce_compressed,
+           py::call_guard<py::gil_scoped_release>())
+      .def("num_hosts",
+           [](ProcessGroupMlsys& group) { return group.membership()->communicator().num_hosts(); })
       .def("farewell", [](ProcessGroupMlsys& group) { return Farewell{group.membership()}; });
 
   m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),

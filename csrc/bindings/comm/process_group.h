@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
@@ -37,6 +38,12 @@ class ProcessGroupMlsys final : public c10d::Backend {
                                const c10d::ReduceScatterOptions& options) override;
   WorkPtr reduce_scatter_tensor_coalesced(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
                                           const c10d::ReduceScatterOptions& options) override;
+
+  // process_group_owned.cpp; no c10d virtuals
+  WorkPtr all_reduce_tree(at::Tensor& tensor, const c10d::ReduceOp& op, bool async);
+  WorkPtr reduce_scatter_tree(at::Tensor& output, at::Tensor& input, const c10d::ReduceOp& op, bool async);
+  WorkPtr all_reduce_compressed(at::Tensor& tensor, const std::string& compression,
+                                const std::optional<at::Tensor>& residual, bool average, bool async);
 
   // process_group_move.cpp
   WorkPtr broadcast(std::vector<at::Tensor>& tensors, const c10d::BroadcastOptions& options) override;

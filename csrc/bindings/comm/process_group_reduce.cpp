@@ -11,19 +11,6 @@ using WorkPtr = ProcessGroupMlsys::WorkPtr;
 
 namespace {
 
-// Throws Refused unless `flat` holds exactly one `part` for each of `size` ranks.
-void check_flat(const at::Tensor& part, const at::Tensor& flat, int size, const std::string& where) {
-  check_tensor(part, where);
-  check_tensor(flat, where);
-  if (flat.scalar_type() == part.scalar_type() && flat.numel() == part.numel() * size) return;
-  throw Refused(
-      where + " was given buffers of " + std::to_string(part.numel()) + " and " +
-          std::to_string(flat.numel()) + " elements.",
-      "The larger one needs the dtype of the smaller one and exactly its number of elements for each of " +
-          std::to_string(size) + " ranks.",
-      "Pad the smaller one, or use the list form.");
-}
-
 std::vector<comm::Reduction> reductions_for(const Tensors& tensors, const c10d::ReduceOp& op,
                                             const std::string& where) {
   std::vector<comm::Reduction> reductions;
@@ -86,7 +73,7 @@ WorkPtr ProcessGroupMlsys::_reduce_scatter_base(at::Tensor& output, at::Tensor& 
                                                 const c10d::ReduceScatterOptions& options) {
   constexpr Call kCall{OpType::_REDUCE_SCATTER_BASE, "reduce_scatter_tensor", "mlsys:_reduce_scatter_base"};
   const auto here = where(kCall.name);
-  check_flat(output, input, getSize(), here);
+  check_parts(output, input, getSize(), here);
   return enqueue(kCall, {input}, {output}, options.timeout, options.asyncOp,
                  reduce_scatter_flat({input}, {output}, {reduction_for(output, options.reduceOp, here)}));
 }
@@ -102,7 +89,7 @@ WorkPtr ProcessGroupMlsys::reduce_scatter_tensor_coalesced(std::vector<at::Tenso
                       std::to_string(outputs.size()) + " outputs.",
                   "As many outputs as inputs are needed.", "Pair them up.");
   }
-  for (size_t i = 0; i < outputs.size(); ++i) check_flat(outputs[i], inputs[i], getSize(), here);
+  for (size_t i = 0; i < outputs.size(); ++i) check_parts(outputs[i], inputs[i], getSize(), here);
   return enqueue(kCall, inputs, outputs, options.timeout, options.asyncOp,
                  reduce_scatter_flat(inputs, outputs, reductions_for(outputs, options.reduceOp, here)));
 }

@@ -66,6 +66,18 @@ void check_alike(const at::Tensor& like, const std::vector<at::Tensor>& others, 
   }
 }
 
+void check_parts(const at::Tensor& part, const at::Tensor& flat, int size, const std::string& where) {
+  check_tensor(part, where);
+  check_tensor(flat, where);
+  if (flat.scalar_type() == part.scalar_type() && flat.numel() == part.numel() * size) return;
+  throw Refused(
+      where + " was given buffers of " + std::to_string(part.numel()) + " and " +
+          std::to_string(flat.numel()) + " elements.",
+      "The larger one needs the dtype of the smaller one and exactly its number of elements for each of " +
+          std::to_string(size) + " ranks.",
+      "Pad the smaller one, or use the list form.");
+}
+
 at::Tensor dense_input(const at::Tensor& tensor) {
   if (in_logical_order(tensor)) return tensor;
   return dense_output(tensor).copy_(tensor.detach());

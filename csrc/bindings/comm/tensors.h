@@ -19,6 +19,9 @@ const at::Tensor& the_one(const std::vector<at::Tensor>& tensors, const std::str
 void check_alike(const at::Tensor& like, const std::vector<at::Tensor>& others, size_t count,
                  const std::string& where);
 
+// Throws Refused unless `flat` holds exactly one `part` for each of `size` ranks.
+void check_parts(const at::Tensor& part, const at::Tensor& flat, int size, const std::string& where);
+
 // The tensor itself when its memory is in logical order, else a copy (with the values, for inputs).
 at::Tensor dense_input(const at::Tensor& tensor);
 at::Tensor dense_output(const at::Tensor& tensor);
