@@ -56,7 +56,8 @@ class Store {
  public:
   virtual ~Store() = default;
   virtual void set(const std::string& key, const std::vector<uint8_t>& value) = 0;
-  // Waits for the key; throws when `timeout` passes first.
+  // Waits for the key; throws TimedOut when `timeout` passes first, and something else when it cannot be
+  // asked.
   virtual std::vector<uint8_t> get(const std::string& key, std::chrono::milliseconds timeout) = 0;
 };
 
@@ -73,6 +74,9 @@ struct Options {
   std::vector<int> locality;
   // Proves membership to the data sockets (HMAC or equal strength); the same on all ranks, from the launcher.
   std::string job_key;
+  // Told in words what a user may want to read in the log (connections of strangers), from any thread, at
+  // most every few seconds. May be null.
+  std::function<void(const std::string&)> report;
 };
 
 // A peer left or raised; thrown by every survivor, naming the culprit.
@@ -102,6 +106,7 @@ struct Counters {
   uint64_t tcp_bytes_sent = 0;
   uint64_t tcp_bytes_received = 0;
   uint64_t zero_copy_operations = 0;  // reduced in place in the shared arena, without staging
+  uint64_t strangers = 0;             // connections that were turned away, since the group connected
 };
 
 // A point-to-point operation under way. Destroying a request abandons it (the message is still consumed).
@@ -117,6 +122,11 @@ class Request {
   // Group rank of the sender (for receives from any source), valid when completed; -1 before.
   virtual int source_rank() const = 0;
 };
+
+// What the maker of a group publishes in the store under "mlsys/<group_name>/presence/<rank>", through its
+// own connection (the Store given to create() is not used before the first operation), so that the death of a
+// rank is noticed also before it connects. Optional.
+std::vector<uint8_t> presence_of_this_process();
 
 class Communicator {
  public:

@@ -66,14 +66,20 @@ void Engine::check_rank(int rank, const char* what) const {
 Links& Engine::links() {
   if (Links* ready = connected_.load(std::memory_order_acquire)) return *ready;
   const std::lock_guard lock(connecting_);
+  if (connect_failure_) std::rethrow_exception(connect_failure_);
   if (links_ == nullptr) {
     expect_open();
     (void)arena();
-    links_ = connect(
-        store_, options_, [this] { return shut_down_.load(std::memory_order_acquire); },
-        [this] {
-          if (Messenger* m = messenger()) m->start();
-        });
+    try {
+      links_ = connect(
+          store_, options_, [this] { return shut_down_.load(std::memory_order_acquire); },
+          [this] {
+            if (Messenger* m = messenger()) m->start();
+          });
+    } catch (...) {
+      connect_failure_ = std::current_exception();
+      throw;
+    }
     owner_.store(::getpid(), std::memory_order_release);
     connected_.store(links_.get(), std::memory_order_release);
   }
@@ -192,7 +198,9 @@ Counters Engine::counters() const {
   counters.operations = live_.operations.load(std::memory_order_relaxed);
   counters.shm_bytes = live_.shm_bytes.load(std::memory_order_relaxed);
   counters.zero_copy_operations = live_.zero_copy_operations.load(std::memory_order_relaxed);
-  if (const Links* l = connected_.load(std::memory_order_acquire); l != nullptr && l->mesh != nullptr) {
+  const Links* l = connected_.load(std::memory_order_acquire);
+  if (l != nullptr) counters.strangers = l->strangers.count();
+  if (l != nullptr && l->mesh != nullptr) {
     counters.tcp_bytes_sent += l->mesh->bytes_sent();
     counters.tcp_bytes_received += l->mesh->bytes_received();
   }
@@ -223,11 +231,12 @@ std::string Engine::describe_transports() const {
 
 void Engine::poison(const std::string& cause) {
   if (options_.size == 1 || shut_down_.load(std::memory_order_acquire) || is_forked_child()) return;
-  if (const Links* l = connected_.load(std::memory_order_acquire)) {
+  if (Links* l = connected_.load(std::memory_order_acquire)) {
     Descriptor op;
     op.sequence = sequence();
     if (l->team != nullptr) op.kind = l->team->last_kind();
     l->faults->poison_peer(options_.rank, cause, op);
+    l->watch->await_told();
     return;
   }
   publish_failure(*store_, options_, cause);
@@ -244,7 +253,7 @@ void Engine::shutdown() {
   Links* l = connected_.load(std::memory_order_acquire);
   if (l != nullptr) {
     l->faults->close();
-    l->faults->mark_left(options_.rank);
+    l->faults->mark(options_.rank, kLeft);
     l->watch->stop();
   }
   {

@@ -91,6 +91,7 @@ class Engine final : public Communicator {
   std::shared_ptr<Arena> arena_;  // of the process, from the first allocation or operation on
   std::mutex connecting_;         // held while links_ is built
   std::unique_ptr<Links> links_;
+  std::exception_ptr connect_failure_;      // a group that failed to connect stays failed
   std::atomic<Links*> connected_{nullptr};  // links_ once it is complete
   std::atomic<pid_t> owner_{0};             // the process that connected
   std::atomic<bool> shut_down_{false};

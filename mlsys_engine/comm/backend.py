@@ -27,6 +27,10 @@ def create_group(options: Any, _backend_options: Any) -> Any:
     """Called by torch for each new group with its rendezvous store; connects to nobody yet."""
     put_buckets_into_the_arena()
     ranks: Sequence[int] = list(options.global_ranks_in_group) or range(options.group_size)
+    if options.group_size > 1:
+        # By this the others watch over this process also before it connects.
+        presence = f"mlsys/{options.group_id}/presence/{options.group_rank}"
+        options.store.set(presence, load_comm().presence())
     group = load_comm().create(
         store=options.store,
         rank=options.group_rank,

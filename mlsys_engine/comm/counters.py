@@ -18,6 +18,7 @@ class Counters:
     tcp_bytes_sent: int
     tcp_bytes_received: int
     zero_copy_operations: int  # done in place in the shared arena, without staging
+    strangers: int  # connections turned away because they did not prove the job's key
 
 
 def counters(group: dist.ProcessGroup | None = None) -> Counters:

@@ -40,8 +40,10 @@ void parse(std::span<const uint8_t> data) {
   }
   if (const auto frame = decode_control_frame(data, 8)) {
     expect(frame->poison.cause.size() < PoisonRecord::kCauseBytes, "a cause is too long");
-    expect(frame->type != ControlFrame::Type::kLeft || (frame->left_rank >= 0 && frame->left_rank < 8),
-           "bad rank");
+    using Type = ControlFrame::Type;
+    const bool names_a_rank = frame->type != Type::kPoison && frame->type != Type::kAsk;
+    expect(!names_a_rank || (frame->rank >= 0 && frame->rank < 8), "bad rank");
+    expect(frame->notice.size() < Notice::kBytes, "a notice is too long");
   }
   if (const auto header = decode_message_header(data)) {
     const auto again = encode(*header);
@@ -128,15 +130,17 @@ std::vector<Bytes> corpus() {
   std::memcpy(raw.data(), &descriptor, sizeof(descriptor));
   Bytes greeting_and_proof = bytes_of(encode(hello));
   greeting_and_proof.resize(greeting_and_proof.size() + 36, 7);
-  ControlFrame poison{
-      ControlFrame::Type::kPoison, -1, {PoisonKind::kPeerFailed, 3, 1234, 9, "host", "op", "cause"}};
+  const Poison poison{PoisonKind::kPeerFailed, 3, 1234, 9, "host", "op", "cause"};
   return {{},
           raw,
           greeting_and_proof,
           bytes_of(encode(hello)),
           bytes_of(encode(identity)),
-          bytes_of(encode(poison)),
-          bytes_of(encode(ControlFrame{ControlFrame::Type::kLeft, 2, {}})),
+          bytes_of(encode(poison_frame(poison))),
+          bytes_of(encode(left_frame(2))),
+          bytes_of(encode(dead_frame(2))),
+          bytes_of(encode(standing_frame(3, {Standing::State::kStopped, descriptor}))),
+          bytes_of(encode(notice_frame(1, "host 127.0.0.1 port 4"))),
           bytes_of(encode(MessageHeader{7, 1000}))};
 }
 

@@ -38,7 +38,7 @@ std::vector<uint8_t> await_file(const std::string& path, std::chrono::millisecon
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   while (!fs::exists(path)) {
     if (std::chrono::steady_clock::now() >= deadline)
-      throw std::runtime_error("timed out waiting for " + path);
+      throw mlsys::comm::TimedOut("timed out waiting for " + path);
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   std::ifstream file(path, std::ios::binary);

@@ -1,4 +1,5 @@
 // The Python module mlsys_engine.native._comm.
+#include <c10/util/Logging.h>
 #include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -31,6 +32,10 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
   options.global_ranks = std::move(global_ranks);
   options.locality = std::move(locality);
   options.job_key = std::move(job_key);
+  options.report = [place = "mlsys: rank " + std::to_string(options.global_ranks[static_cast<size_t>(rank)]) +
+                            ", group " + options.group_name + ": "](const std::string& line) {
+    LOG(WARNING) << place << line;
+  };
   return c10::make_intrusive<ProcessGroupMlsys>(
       std::make_shared<Membership>(adapt_store(store), std::move(options)));
 }
@@ -43,6 +48,7 @@ py::dict counters(const ProcessGroupMlsys& group) {
   result["tcp_bytes_sent"] = counted.tcp_bytes_sent;
   result["tcp_bytes_received"] = counted.tcp_bytes_received;
   result["zero_copy_operations"] = counted.zero_copy_operations;
+  result["strangers"] = counted.strangers;
   return result;
 }
 
@@ -51,6 +57,7 @@ py::dict counters(const ProcessGroupMlsys& group) {
 
 PYBIND11_MODULE(_comm, m) {
   using namespace mlsys::binding;
+  namespace comm = mlsys::comm;
   const auto c10d = py::module_::import("torch._C._distributed_c10d");  // registers Store and Backend
   register_translators();
 
@@ -81,6 +88,10 @@ PYBIND11_MODULE(_comm, m) {
            [](ProcessGroupMlsys& group) { return group.membership()->communicator().num_hosts(); })
       .def("farewell", [](ProcessGroupMlsys& group) { return Farewell{group.membership()}; });
 
+  m.def("presence", [] {
+    const auto bytes = comm::presence_of_this_process();
+    return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  });
   m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),
         py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
         py::call_guard<py::gil_scoped_release>());

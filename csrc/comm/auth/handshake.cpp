@@ -6,6 +6,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "comm/wire.h"
+
 namespace mlsys::comm {
 namespace {
 
@@ -14,17 +16,6 @@ constexpr size_t kDigestBytes = 36;     // magic, digest
 constexpr uint32_t kChallengeMagic = 0x43534c4d;
 constexpr uint32_t kProofMagic = 0x50534c4d;
 constexpr uint32_t kWelcomeMagic = 0x57534c4d;
-
-template <class T>
-void put(uint8_t* target, T value) {
-  std::memcpy(target, &value, sizeof(value));
-}
-template <class T>
-T read_as(const uint8_t* source) {
-  T value;
-  std::memcpy(&value, source, sizeof(value));
-  return value;
-}
 
 template <size_t kBytes>
 std::array<uint8_t, kBytes + 4> framed(uint32_t magic, const std::array<uint8_t, kBytes>& body) {
@@ -155,7 +146,8 @@ HandshakeState Handshake::step() {
     int error = 0;
     socklen_t length = sizeof(error);
     if (::getsockopt(fd_.get(), SOL_SOCKET, SO_ERROR, &error, &length) != 0) error = errno;
-    if (error != 0) return fail(std::string("connect failed: ") + std::strerror(error));
+    refused_ = error != 0;
+    if (refused_) return fail(std::string("connect failed: ") + std::strerror(error));
     if (!send_all(encode(hello_))) {
       if (errno == EAGAIN || errno == ENOTCONN) return HandshakeState::kUnderWay;
       return fail(std::string("send failed: ") + std::strerror(errno));

@@ -72,6 +72,10 @@ class Handshake {
   HandshakeState step();
 
   bool wants_to_write() const { return stage_ == Stage::kSendHello; }
+  // After kFailed: the connection could not even be made.
+  bool refused() const { return refused_; }
+  // False as long as nothing that looks like a peer has been heard.
+  bool greeted() const { return stage_ != Stage::kAwaitHello; }
   int fd() const { return fd_.get(); }
   UniqueFd take_fd() { return std::move(fd_); }
   int peer() const { return peer_; }  // group rank, known once done
@@ -98,6 +102,7 @@ class Handshake {
   Nonce challenge_{};
   std::vector<uint8_t> inbox_;
   std::string failure_;
+  bool refused_ = false;
   std::chrono::steady_clock::time_point started_;
 };
 

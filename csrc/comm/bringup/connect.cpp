@@ -3,13 +3,13 @@
 
 #include "comm/bringup/links.h"
 #include "comm/bringup/locality.h"
+#include "comm/bringup/rendezvous.h"
+#include "comm/fault/control_frame.h"
 
 namespace mlsys::comm {
 namespace {
 
 using Deadline = std::chrono::steady_clock::time_point;
-
-std::string key_prefix(const Options& options) { return "mlsys/" + options.group_name; }
 
 int global_rank(const Options& options, int rank) {
   return options.global_ranks.empty() ? rank : options.global_ranks[static_cast<size_t>(rank)];
@@ -30,6 +30,7 @@ int locality_of(const Options& options, int rank) {
 std::vector<Identity> exchange_identities(Rendezvous& rendezvous, const Options& options,
                                           const Identity& mine, Liveness& liveness) {
   rendezvous.put("identity", options.rank, encode(mine));
+  rendezvous.watch_everyone();
   std::vector<Identity> identities;
   for (int rank = 0; rank < options.size; ++rank) {
     const std::optional<Identity> identity = decode_identity(rendezvous.get("identity", rank, true));
@@ -73,22 +74,36 @@ void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<
     links.message_endpoints[slot].tcp = {data[slot].host,
                                          static_cast<uint16_t>(std::stoul(text.substr(second + 1)))};
   }
-  links.mesh = std::make_unique<Mesh>(links.topology, *links.faults, links.credentials, std::move(data),
-                                      std::move(data_listener));
+  links.mesh = std::make_unique<Mesh>(links.topology, *links.faults, links.credentials, links.strangers,
+                                      std::move(data), std::move(data_listener));
+}
+
+// The ranks of other hosts that this rank keeps a control connection to. The k-th ranks of two hosts pair up,
+// the smaller host being counted round and round: every rank of either host is in a pair.
+std::vector<int> control_peers(const Topology& topology) {
+  std::vector<int> peers;
+  const int mine = topology.local_index(), num_mine = topology.local_size();
+  for (int host = 0; host < topology.num_hosts(); ++host) {
+    if (host == topology.my_host()) continue;
+    const std::vector<int>& theirs = topology.hosts[static_cast<size_t>(host)];
+    const auto num_theirs = static_cast<int>(theirs.size());
+    for (int k = mine; k < std::max(num_mine, num_theirs); k += num_mine) {
+      const int peer = theirs[static_cast<size_t>(k % num_theirs)];
+      if (std::find(peers.begin(), peers.end(), peer) == peers.end()) peers.push_back(peer);
+    }
+  }
+  return peers;
 }
 
 std::map<int, Socket> open_controls(Links& links, const Liveness& liveness, Deadline deadline) {
   std::map<int, Socket> controls;
-  if (links.mesh == nullptr || !links.topology.is_leader()) return controls;
-  std::vector<int> leaders;
-  for (int host = 0; host < links.topology.num_hosts(); ++host) {
-    if (host != links.topology.my_host()) leaders.push_back(links.topology.leader_of(host));
-  }
+  if (links.mesh == nullptr) return controls;
+  const std::vector<int> peers = control_peers(links.topology);
   Descriptor op;
   op.rank = links.topology.global(links.topology.rank);
   links.mesh->begin(op, deadline);
-  links.mesh->ensure(leaders, Purpose::kControl, [&](int rank) { return liveness.is_dead(rank); });
-  for (const int leader : leaders) controls.emplace(leader, links.mesh->take_control(leader));
+  links.mesh->ensure(peers, Purpose::kControl, [&](int rank) { return liveness.is_dead(rank); });
+  for (const int peer : peers) controls.emplace(peer, links.mesh->take_control(peer));
   return controls;
 }
 
@@ -109,18 +124,14 @@ void share_memory(Links& links, SharedHost& shared) {
       std::make_unique<LocalTeam>(topology, *links.block, *links.faults, std::move(bases), std::move(sizes));
 }
 
-}  // namespace
-
-std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& options,
-                               std::function<bool()> stop, std::function<void()> on_message) {
+std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& options, const Identity& mine,
+                                   Liveness& liveness, const std::function<bool()>& stop,
+                                   std::function<void()> on_message) {
   const Deadline deadline = std::chrono::steady_clock::now() + options.timeout;
-  auto links = std::make_unique<Links>();
+  auto links = std::make_unique<Links>(options.report);
   links->arena = Arena::of_process();
   links->credentials = {options.job_key, options.rank, options.size, hash_name(options.group_name)};
-  Liveness liveness;
-  Rendezvous rendezvous(std::move(store), key_prefix(options), options.timeout, stop, liveness);
 
-  const Identity mine = identify(locality_of(options, options.rank));
   UniqueFd locality_listener = listen_unix(mine.socket_name);
   links->message_unix_listener = listen_unix(mine.message_socket);
   const std::vector<Identity> identities = exchange_identities(rendezvous, options, mine, liveness);
@@ -133,8 +144,9 @@ std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& opti
     topology.members.push_back({global_rank(options, rank), identity.host, identity.pid});
     links->message_endpoints.push_back({identity.message_socket, {}});
   }
-  SharedHost shared = prove_locality(rendezvous, links->credentials, identities, std::move(locality_listener),
-                                     links->arena->fd(), stop, liveness, deadline);
+  SharedHost shared =
+      prove_locality(rendezvous, links->credentials, links->strangers, identities,
+                     std::move(locality_listener), links->arena->fd(), stop, liveness, deadline);
   topology.hosts = shared.hosts;
   index_hosts(topology);
   share_memory(*links, shared);
@@ -147,10 +159,41 @@ std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& opti
   return links;
 }
 
+}  // namespace
+
+std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& options,
+                               std::function<bool()> stop, std::function<void()> on_message) {
+  const Identity mine = identify(locality_of(options, options.rank));
+  Liveness liveness;
+  Rendezvous rendezvous(std::move(store), options, mine, liveness, stop);
+  try {
+    return connect_all(rendezvous, options, mine, liveness, stop, std::move(on_message));
+  } catch (const PeerFailed& failure) {
+    rendezvous.give_up({PoisonKind::kPeerFailed, failure.rank, failure.pid, failure.sequence, failure.host,
+                        failure.op, failure.cause});
+    throw;
+  } catch (const TimedOut& failure) {
+    if (!stop()) rendezvous.give_up({PoisonKind::kTimedOut, -1, 0, 0, "", "connecting", failure.what()});
+    throw;
+  }
+}
+
+std::vector<uint8_t> presence_of_this_process() { return encode(identify(-1)); }
+
 void publish_failure(Store& store, const Options& options, const std::string& cause) {
   Identity identity = identify(-1);
   identity.failure = cause.empty() ? "failed" : cause;
-  store.set(key_prefix(options) + "/identity/" + std::to_string(options.rank), encode(identity));
+  const std::string prefix = "mlsys/" + options.group_name + "/";
+  const Poison poison{PoisonKind::kPeerFailed,
+                      global_rank(options, options.rank),
+                      identity.pid,
+                      0,
+                      identity.host,
+                      "connecting",
+                      identity.failure};
+  const auto failed = encode(poison_frame(poison));
+  store.set(prefix + "failed", {failed.begin(), failed.end()});
+  store.set(prefix + "identity/" + std::to_string(options.rank), encode(identity));
 }
 
 }  // namespace mlsys::comm

@@ -2,20 +2,17 @@
 
 #include <unistd.h>
 
-#include <array>
 #include <cstring>
 #include <fstream>
-#include <thread>
 
 #include "comm/auth/handshake.h"
-#include "comm/bringup/liveness.h"
+#include "memory/posix.h"
 
 namespace mlsys::comm {
 namespace {
 
 constexpr uint32_t kMagic = 0x49534c4d;  // "MLSI"
 constexpr size_t kMostText = 4096;
-constexpr std::chrono::milliseconds kSlice{100};
 
 void put_text(std::vector<uint8_t>& bytes, const std::string& text) {
   const auto length = static_cast<uint32_t>(std::min(text.size(), kMostText));
@@ -111,44 +108,6 @@ std::optional<Identity> decode_identity(std::span<const uint8_t> bytes) {
   if (!reader.number(&identity.pid) || !reader.number(&identity.locality) || !reader.at_end())
     return std::nullopt;
   return identity;
-}
-
-Rendezvous::Rendezvous(std::shared_ptr<Store> store, std::string prefix, std::chrono::milliseconds timeout,
-                       std::function<bool()> stop, const Liveness& liveness)
-    : store_(std::move(store)),
-      prefix_(std::move(prefix)),
-      deadline_(std::chrono::steady_clock::now() + timeout),
-      stop_(std::move(stop)),
-      liveness_(liveness) {}
-
-void Rendezvous::put(const std::string& kind, int rank, const std::vector<uint8_t>& value) {
-  store_->set(prefix_ + "/" + kind + "/" + std::to_string(rank), value);
-}
-
-std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool needs_all) {
-  const std::string key = prefix_ + "/" + kind + "/" + std::to_string(rank);
-  int num_quick_failures = 0;
-  for (;;) {
-    const auto started = std::chrono::steady_clock::now();
-    if (stop_()) throw TimedOut("the group was shut down while it was still connecting.");
-    // Looked up first: if the key is missing even after that, the death was no orderly end.
-    const int dead = needs_all ? liveness_.first_dead() : (liveness_.is_dead(rank) ? rank : -1);
-    try {
-      return store_->get(key, kSlice);
-    } catch (const std::exception& error) {
-      if (dead >= 0) throw liveness_.failure_of(dead);
-      const auto now = std::chrono::steady_clock::now();
-      if (now >= deadline_) {
-        throw TimedOut("timed out while connecting the group: nothing heard from group rank " +
-                       std::to_string(rank) + " (store key " + key + "): " + error.what());
-      }
-      // A store that is gone fails at once, again and again; a key that is not there yet fails after the
-      // slice.
-      num_quick_failures = now - started < kSlice / 2 ? num_quick_failures + 1 : 0;
-      if (num_quick_failures >= 20) throw;
-      if (num_quick_failures > 0) std::this_thread::sleep_for(kSlice / 10);
-    }
-  }
 }
 
 }  // namespace mlsys::comm

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "comm/auth/handshake.h"
+#include "comm/auth/strangers.h"
 #include "comm/bringup/identity.h"
 #include "comm/fault/faults.h"
 #include "comm/fault/watch.h"
@@ -26,8 +27,11 @@ struct MessageEndpoint {
 
 // Members are destroyed in reverse order: the watch thread first, the shared memory last.
 struct Links {
+  explicit Links(Strangers::Report report) : strangers(std::move(report)) {}
+
   Topology topology;
   Credentials credentials;
+  Strangers strangers;
   std::shared_ptr<Arena> arena;
   std::vector<Mapping> peer_arenas;  // by local index; empty for this rank
   std::unique_ptr<ControlBlock> block;
@@ -41,9 +45,10 @@ struct Links {
 };
 
 // Meets the other ranks through the store, proves which of them share memory, opens the listeners and the
-// control connections, and starts the watch thread. Throws PeerFailed when a rank has published that it
-// failed instead, TimedOut, or the Store's errors. `stop` ends the waiting early. `on_message` is called on
-// the watch thread when the first sender of messages calls.
+// control connections, and starts the watch thread. Throws PeerFailed when a rank has died or has published
+// that it failed, TimedOut, or the Store's errors; all ranks name the failure that was published first.
+// `stop` ends the waiting early. `on_message` is called on the watch thread when the first sender of messages
+// calls.
 std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& options,
                                std::function<bool()> stop, std::function<void()> on_message);
 

@@ -26,6 +26,15 @@ bool Liveness::is_dead(int rank) const {
   return ::poll(&waiting, 1, 0) > 0;
 }
 
+void Liveness::sleep(int rank, std::chrono::milliseconds pause) const {
+  std::vector<pollfd> polls;
+  for (const auto& [watched, peer] : peers_) {
+    if (peer.pidfd && (rank < 0 || rank == watched)) polls.push_back({peer.pidfd.get(), POLLIN, 0});
+  }
+  if (::poll(polls.data(), polls.size(), static_cast<int>(pause.count())) < 0 && errno != EINTR)
+    throw_errno("poll of peers");
+}
+
 int Liveness::first_dead(std::chrono::milliseconds grace) const {
   std::vector<pollfd> polls;
   for (const auto& [rank, peer] : peers_) {

@@ -14,10 +14,13 @@ namespace mlsys::comm {
 // alive.
 class Liveness {
  public:
-  // Call once for each rank as its identity becomes known. `mine` tells which ranks can be watched.
+  // Call for each rank as it becomes known who it is. `mine` tells which ranks can be watched.
   void add(int rank, int global_rank, const Identity& theirs, const Identity& mine);
 
+  bool knows(int rank) const { return peers_.contains(rank); }
   bool is_dead(int rank) const;
+  // Sleeps for `pause`, or until `rank` (any, when -1) is dead.
+  void sleep(int rank, std::chrono::milliseconds pause) const;
   // The lowest rank that died, or -1. Waits up to `grace` for one, because a dying process closes its sockets
   // before it counts as dead.
   int first_dead(std::chrono::milliseconds grace = {}) const;

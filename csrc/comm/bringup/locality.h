@@ -4,8 +4,10 @@
 #include <vector>
 
 #include "comm/auth/handshake.h"
+#include "comm/auth/strangers.h"
 #include "comm/bringup/identity.h"
 #include "comm/bringup/liveness.h"
+#include "comm/bringup/rendezvous.h"
 #include "memory/posix.h"
 
 namespace mlsys::comm {
@@ -22,8 +24,8 @@ struct SharedHost {
 // Ranks whose identities could share memory (same kernel, network namespace and locality) try it: all connect
 // to the lowest of them over its abstract unix socket, prove the job's key, and exchange descriptors through
 // it. A rank that cannot connect becomes a host of its own. Each rank publishes its verdict, so all agree on
-// the hosts.
-SharedHost prove_locality(Rendezvous& rendezvous, const Credentials& credentials,
+// the hosts. The lowest rank answers its door all the while, so that strangers cannot block it.
+SharedHost prove_locality(Rendezvous& rendezvous, const Credentials& credentials, Strangers& strangers,
                           const std::vector<Identity>& identities, UniqueFd listening, int arena_fd,
                           std::function<bool()> stop, const Liveness& liveness,
                           std::chrono::steady_clock::time_point deadline);

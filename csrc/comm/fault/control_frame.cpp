@@ -1,51 +1,69 @@
 #include "comm/fault/control_frame.h"
 
-#include <algorithm>
-#include <cstring>
+#include "comm/wire.h"
 
 namespace mlsys::comm {
 namespace {
 
 constexpr uint32_t kMagic = 0x46534c4d;  // "MLSF"
 
-// Offsets of the fixed layout.
-constexpr size_t kTypeAt = 4, kLeftAt = 8, kKindAt = 12, kRankAt = 16, kPidAt = 24, kSequenceAt = 32,
-                 kHostAt = 40, kOpAt = kHostAt + 128, kCauseAt = kOpAt + 128;
-static_assert(kCauseAt + PoisonRecord::kCauseBytes <= ControlFrame::kBytes);
+// Offsets of the fixed layout. The last field holds a poison's cause, a standing's descriptor or a notice.
+constexpr size_t kTypeAt = 4, kRankAt = 8, kKindAt = 12, kCulpritAt = 16, kStateAt = 20, kPidAt = 24,
+                 kSequenceAt = 32, kHostAt = 40, kOpAt = kHostAt + 128, kBodyAt = kOpAt + 128;
+static_assert(kBodyAt + PoisonRecord::kCauseBytes <= ControlFrame::kBytes);
+static_assert(ControlBlock::kNoticeBytes <= PoisonRecord::kCauseBytes);
 
-template <class T>
-void put(uint8_t* target, T value) {
-  std::memcpy(target, &value, sizeof(value));
-}
-template <class T>
-T read_as(const uint8_t* source) {
-  T value;
-  std::memcpy(&value, source, sizeof(value));
-  return value;
+bool decode_poison(std::span<const uint8_t> bytes, Poison* poison) {
+  poison->kind = read_as<PoisonKind>(&bytes[kKindAt]);
+  if (poison->kind < PoisonKind::kPeerFailed || poison->kind > PoisonKind::kTimedOut) return false;
+  poison->rank = read_as<int32_t>(&bytes[kCulpritAt]);
+  if (poison->rank < -1) return false;
+  poison->pid = read_as<int64_t>(&bytes[kPidAt]);
+  poison->sequence = read_as<uint64_t>(&bytes[kSequenceAt]);
+  poison->host = text_at(&bytes[kHostAt], 128);
+  poison->op = text_at(&bytes[kOpAt], 128);
+  poison->cause = text_at(&bytes[kBodyAt], PoisonRecord::kCauseBytes);
+  return true;
 }
 
-void put_text(uint8_t* target, size_t room, const std::string& text) {
-  std::memcpy(target, text.data(), std::min(text.size(), room - 1));
-}
-std::string text_at(const uint8_t* source, size_t room) {
-  const auto* text = reinterpret_cast<const char*>(source);
-  return std::string(text, ::strnlen(text, room - 1));
+bool decode_standing(std::span<const uint8_t> bytes, Standing* standing) {
+  standing->state = read_as<Standing::State>(&bytes[kStateAt]);
+  if (standing->state > Standing::State::kAlive) return false;
+  std::memcpy(&standing->last, &bytes[kBodyAt], sizeof(standing->last));
+  return standing->last.kind == OpKind::kNone || is_plausible(standing->last);
 }
 
 }  // namespace
+
+ControlFrame left_frame(int rank) { return {ControlFrame::Type::kLeft, rank, {}, {}, {}}; }
+ControlFrame dead_frame(int rank) { return {ControlFrame::Type::kDead, rank, {}, {}, {}}; }
+ControlFrame poison_frame(const Poison& poison) { return {ControlFrame::Type::kPoison, -1, poison, {}, {}}; }
+ControlFrame standing_frame(int rank, const Standing& standing) {
+  return {ControlFrame::Type::kStanding, rank, {}, standing, {}};
+}
+ControlFrame notice_frame(int rank, std::string notice) {
+  return {ControlFrame::Type::kNotice, rank, {}, {}, std::move(notice)};
+}
 
 std::array<uint8_t, ControlFrame::kBytes> encode(const ControlFrame& frame) {
   std::array<uint8_t, ControlFrame::kBytes> bytes{};
   put(&bytes[0], kMagic);
   put(&bytes[kTypeAt], frame.type);
-  put(&bytes[kLeftAt], frame.left_rank);
-  put(&bytes[kKindAt], frame.poison.kind);
-  put(&bytes[kRankAt], static_cast<int32_t>(frame.poison.rank));
-  put(&bytes[kPidAt], frame.poison.pid);
-  put(&bytes[kSequenceAt], frame.poison.sequence);
-  put_text(&bytes[kHostAt], 128, frame.poison.host);
-  put_text(&bytes[kOpAt], 128, frame.poison.op);
-  put_text(&bytes[kCauseAt], PoisonRecord::kCauseBytes, frame.poison.cause);
+  put(&bytes[kRankAt], frame.rank);
+  if (frame.type == ControlFrame::Type::kPoison) {
+    put(&bytes[kKindAt], frame.poison.kind);
+    put(&bytes[kCulpritAt], static_cast<int32_t>(frame.poison.rank));
+    put(&bytes[kPidAt], frame.poison.pid);
+    put(&bytes[kSequenceAt], frame.poison.sequence);
+    put_text(&bytes[kHostAt], 128, frame.poison.host);
+    put_text(&bytes[kOpAt], 128, frame.poison.op);
+    put_text(&bytes[kBodyAt], PoisonRecord::kCauseBytes, frame.poison.cause);
+  } else if (frame.type == ControlFrame::Type::kStanding) {
+    put(&bytes[kStateAt], frame.standing.state);
+    put(&bytes[kBodyAt], frame.standing.last);
+  } else if (frame.type == ControlFrame::Type::kNotice) {
+    put_text(&bytes[kBodyAt], ControlBlock::kNoticeBytes, frame.notice);
+  }
   return bytes;
 }
 
@@ -53,24 +71,29 @@ std::optional<ControlFrame> decode_control_frame(std::span<const uint8_t> bytes,
   if (bytes.size() != ControlFrame::kBytes || read_as<uint32_t>(&bytes[0]) != kMagic) return std::nullopt;
   ControlFrame frame;
   frame.type = read_as<ControlFrame::Type>(&bytes[kTypeAt]);
-  frame.left_rank = read_as<int32_t>(&bytes[kLeftAt]);
-  if (frame.type == ControlFrame::Type::kLeft) {
-    if (frame.left_rank < 0 || frame.left_rank >= world_size) return std::nullopt;
-    return frame;
+  frame.rank = read_as<int32_t>(&bytes[kRankAt]);
+  const bool valid_rank = frame.rank >= 0 && frame.rank < world_size;
+  bool valid = false;
+  switch (frame.type) {
+    case ControlFrame::Type::kPoison:
+      valid = decode_poison(bytes, &frame.poison);
+      break;
+    case ControlFrame::Type::kLeft:
+    case ControlFrame::Type::kDead:
+      valid = valid_rank;
+      break;
+    case ControlFrame::Type::kAsk:
+      valid = true;
+      break;
+    case ControlFrame::Type::kStanding:
+      valid = valid_rank && decode_standing(bytes, &frame.standing);
+      break;
+    case ControlFrame::Type::kNotice:
+      frame.notice = text_at(&bytes[kBodyAt], ControlBlock::kNoticeBytes);
+      valid = valid_rank;
+      break;
   }
-  if (frame.type != ControlFrame::Type::kPoison) return std::nullopt;
-  frame.poison.kind = read_as<PoisonKind>(&bytes[kKindAt]);
-  if (frame.poison.kind != PoisonKind::kPeerFailed && frame.poison.kind != PoisonKind::kMismatch) {
-    return std::nullopt;
-  }
-  frame.poison.rank = read_as<int32_t>(&bytes[kRankAt]);
-  if (frame.poison.rank < -1) return std::nullopt;
-  frame.poison.pid = read_as<int64_t>(&bytes[kPidAt]);
-  frame.poison.sequence = read_as<uint64_t>(&bytes[kSequenceAt]);
-  frame.poison.host = text_at(&bytes[kHostAt], 128);
-  frame.poison.op = text_at(&bytes[kOpAt], 128);
-  frame.poison.cause = text_at(&bytes[kCauseAt], PoisonRecord::kCauseBytes);
-  return frame;
+  return valid ? std::optional(frame) : std::nullopt;
 }
 
 }  // namespace mlsys::comm

@@ -1,6 +1,7 @@
 #include "comm/fault/faults.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -56,6 +57,10 @@ void Faults::throw_poison() const {
   if (!poisoned()) throw std::runtime_error("the group was shut down on this rank.");
   const Poison p = record();
   if (p.kind == PoisonKind::kMismatch) throw Mismatch(p.cause);
+  if (p.kind == PoisonKind::kTimedOut) {
+    const bool mine = p.rank == topology_.global(topology_.rank);
+    throw TimedOut(mine ? "this rank is out of the group, which gave it up: " + p.cause : p.cause);
+  }
   throw PeerFailed(p.rank, p.host, p.pid, p.cause, p.op, p.sequence);
 }
 
@@ -87,10 +92,19 @@ void Faults::poison(const Poison& poison) const {
   raise_abort();
 }
 
-void Faults::poison_peer(int culprit, const std::string& cause, const Descriptor& op) const {
+Poison Faults::failure_of(int culprit, const std::string& cause, const Descriptor& op) const {
   const Member& member = topology_.members[culprit];
-  poison({PoisonKind::kPeerFailed, member.global_rank, member.pid, op.sequence, member.host, name_of(op.kind),
-          cause});
+  return {PoisonKind::kPeerFailed,
+          member.global_rank,
+          member.pid,
+          op.sequence,
+          member.host,
+          name_of(op.kind),
+          cause};
+}
+
+void Faults::poison_peer(int culprit, const std::string& cause, const Descriptor& op) const {
+  poison(failure_of(culprit, cause, op));
 }
 
 void Faults::fail_mismatch(const std::string& text, const Descriptor& op) const {
@@ -104,10 +118,64 @@ void Faults::fail_left(int culprit, const Descriptor& op) const {
   throw_poison();
 }
 
-void Faults::mark_left(int rank) const {
-  block_.left(rank).store(1, std::memory_order_seq_cst);
+void Faults::fail_dead(int culprit, const std::string& cause, const Descriptor& op) const {
+  check();
+  poison_peer(culprit, cause, op);
+  throw_poison();
+}
+
+void Faults::give_up(std::span<const int> awaited, const Descriptor& op) const {
+  std::vector<Standing> standings;  // empty while the group connects: there is no watch thread yet
+  {
+    const std::lock_guard lock(
+        inquiry_mutex_);  // held meanwhile, so that the watch thread outlives the question
+    if (inquiry_) standings = inquiry_();
+  }
+  check();  // somebody else may have been quicker
+  const Verdict verdict = judge(topology_, standings, awaited, op);
+  const int culprit = verdict.culprit < 0 ? -1 : topology_.global(verdict.culprit);
+  poison({PoisonKind::kTimedOut, culprit, 0, op.sequence, "", name_of(op.kind), verdict.text});
+  throw_poison();
+}
+
+void Faults::attach(Inquiry inquiry) const {
+  const std::lock_guard lock(inquiry_mutex_);
+  inquiry_ = std::move(inquiry);
+}
+
+void Faults::mark(int rank, Presence presence) const {
+  uint32_t present = kPresent;
+  if (!block_.presence(rank).compare_exchange_strong(present, presence, std::memory_order_seq_cst)) return;
   wake_futexes();
   ring_doorbells();
+}
+
+void Faults::post_notice(int rank, const std::string& text) const {
+  Notice& notice = block_.notice(rank);
+  const uint32_t version = notice.version.load(std::memory_order_acquire) & ~1U;
+  notice.version.store(version + 1, std::memory_order_seq_cst);
+  for (size_t i = 0; i < Notice::kBytes; ++i) {
+    const char letter = i < text.size() && i + 1 < Notice::kBytes ? text[i] : '\0';
+    std::atomic_ref(notice.text[i]).store(letter, std::memory_order_relaxed);
+  }
+  notice.version.store(version + 2, std::memory_order_seq_cst);
+  ring_doorbells();
+}
+
+std::string Faults::notice(int rank) const {
+  Notice& notice = block_.notice(rank);
+  for (int tries = 0; tries < 100; ++tries) {
+    const uint32_t before = notice.version.load(std::memory_order_seq_cst);
+    std::string text;
+    for (char& letter : notice.text) {
+      const char seen = std::atomic_ref(letter).load(std::memory_order_relaxed);
+      if (seen == '\0') break;
+      text += seen;
+    }
+    if (before % 2 == 0 && notice.version.load(std::memory_order_seq_cst) == before) return text;
+    ::sched_yield();
+  }
+  return "";  // its writer died while writing
 }
 
 void Faults::lost(int culprit, const std::string& cause, const Descriptor& op) const {

@@ -1,4 +1,4 @@
-// The fault state of one communicator: the poison record, who has left, and the descriptors that wake
+// The fault state of one communicator: the poison record, who has left or died, and the descriptors that wake
 // sleepers.
 //
 // The first failure that a host learns of is written once into the control block's poison record; everything
@@ -9,10 +9,14 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
+#include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "comm/communicator.h"
+#include "comm/fault/inquest.h"
 #include "comm/local/control_block.h"
 #include "comm/operation.h"
 #include "comm/topology.h"
@@ -32,6 +36,9 @@ struct Poison {
 
 class Faults {
  public:
+  // Finds out what every rank of the group is doing, with little patience; one entry for each rank.
+  using Inquiry = std::function<std::vector<Standing>()>;
+
   // `doorbells` has one eventfd per local rank, this rank's own among them.
   Faults(const Topology& topology, const ControlBlock& block, std::vector<UniqueFd> doorbells);
 
@@ -50,13 +57,29 @@ class Faults {
   void poison(const Poison& poison) const;
   // The same with group rank `culprit`, whose host and pid come from the topology.
   void poison_peer(int culprit, const std::string& cause, const Descriptor& op) const;
+  Poison failure_of(int culprit, const std::string& cause, const Descriptor& op) const;
   // Poisons with a mismatch and throws it.
   [[noreturn]] void fail_mismatch(const std::string& text, const Descriptor& op) const;
   // `culprit` has left in good order but is still needed.
   [[noreturn]] void fail_left(int culprit, const Descriptor& op) const;
+  // `culprit` is certainly dead.
+  [[noreturn]] void fail_dead(int culprit, const std::string& cause, const Descriptor& op) const;
+  // `op` outlived its timeout waiting for `awaited`: finds out whom to blame, tells the whole group, which is
+  // given up for all, and throws TimedOut.
+  [[noreturn]] void give_up(std::span<const int> awaited, const Descriptor& op) const;
+  // The watch thread's side of give_up(); null takes it away.
+  void attach(Inquiry inquiry) const;
 
-  bool has_left(int rank) const { return block_.left(rank).load(std::memory_order_acquire) != 0; }
-  void mark_left(int rank) const;
+  bool has_left(int rank) const { return presence(rank) == kLeft; }
+  Presence presence(int rank) const {
+    return static_cast<Presence>(block_.presence(rank).load(std::memory_order_acquire));
+  }
+  // The first mark stays: who left in good order does not die any more.
+  void mark(int rank, Presence presence) const;
+
+  // What survivors tell one another after a failure; at most Notice::kBytes - 1 characters.
+  void post_notice(int rank, const std::string& text) const;
+  std::string notice(int rank) const;
 
   // Something went away without a word. Gives the watch threads a moment to name the root cause, then blames
   // `culprit`. Throws always.
@@ -74,6 +97,8 @@ class Faults {
   std::vector<UniqueFd> doorbells_;
   UniqueFd abort_;
   mutable std::atomic<bool> closing_{false};
+  mutable std::mutex inquiry_mutex_;
+  mutable Inquiry inquiry_;
 };
 
 UniqueFd make_eventfd();

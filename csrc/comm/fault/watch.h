@@ -1,17 +1,25 @@
-// The watch thread of one communicator: the first to know when a process dies.
+// The watch thread of one rank: notices deaths, spreads the poison between hosts, and answers and asks what
+// everybody is doing when an operation has timed out.
 //
-// It sleeps in poll() on a pidfd of every local peer, on this rank's doorbell and, on a host's leader, on one
-// control connection to each other host's leader, and on the listeners for messages, so that a sender is
-// served even by a rank that never sent or received anything itself. A death is written into the control
-// block, which all local waits poll, and relayed to the other hosts; a frame from another host is written
-// here.
+// It holds a pidfd of every local rank and a control connection to at least one rank of every other host, so
+// that each rank of one host is heard directly by somebody on each other host, whoever else has left. A death
+// or a poison record is told to the other hosts before the ranks of this one can see it: a survivor that
+// raises and ends at once is then not taken for the culprit elsewhere.
+//
+// The thread also looks after the message listeners until somebody calls, so that a rank which never sends or
+// receives itself still has no thread for it.
 #pragma once
 
 #include <poll.h>
+#include <sys/types.h>
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <functional>
 #include <map>
+#include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -23,8 +31,8 @@ namespace mlsys::comm {
 
 class Watch {
  public:
-  // `pidfds` by local index (this rank's own is ignored); `controls` by group rank of the remote leader.
-  // `on_caller` is called once, when one of `listeners` is called for the first time.
+  // `pidfds` are ordered by local index; `controls` are connections to ranks of other hosts. `on_caller` is
+  // called once, when one of `listeners` is called for the first time.
   Watch(const Topology& topology, const ControlBlock& block, const Faults& faults,
         std::vector<UniqueFd> pidfds, std::map<int, Socket> controls, std::vector<int> listeners,
         std::function<void()> on_caller);
@@ -34,32 +42,56 @@ class Watch {
   // exist, it only lets go of it.
   void stop();
 
+  // Returns when the poison record, which must be there, has been handed to the other hosts' sockets, or
+  // after a short while: a rank that fails may end its process right after.
+  void await_told();
+
  private:
+  using Clock = std::chrono::steady_clock;
   struct Control {
-    int leader;
+    int peer;
     Socket socket;
-    std::vector<uint8_t> inbox;
+    std::vector<uint8_t> inbox, outbox;
+    Clock::time_point ended_at{};  // when not zero: the connection is gone, and the verdict is still open
+    std::string how_it_ended;
   };
 
   void run() noexcept;
+  std::vector<pollfd> polls() const;
   void on_doorbell();
   void on_death(size_t local);
-  std::vector<pollfd> polls() const;
-  // False when the connection is finished.
-  bool on_control(Control& control);
+  void on_control(Control& control);
+  void on_frame(Control& control, const ControlFrame& frame);
+  // True when the connection is finished and its end has been judged.
+  bool settle(Control& control);
+  void tell(Control& control, const ControlFrame& frame);
+  static void flush(Control& control);
+  // Gives what is left a short while to get away.
+  static void drain(Control& control);
   void relay(const ControlFrame& frame);
-  Descriptor last_operation(int rank) const;
+  void tell_poison(const Poison& poison);
+  std::vector<Standing> inquire();
+  Standing standing_of(int local) const;
+  Descriptor last_operation(int local) const;
 
   const Topology& topology_;
   const ControlBlock& block_;
   const Faults& faults_;
   std::vector<UniqueFd> pidfds_;
+  std::vector<bool> died_;  // by local index: no longer polled
   std::vector<Control> controls_;
   std::vector<int> listeners_;
   std::function<void()> on_caller_;
-  std::vector<bool> told_left_;
+  std::vector<Presence> told_presence_;  // by local index
+  std::vector<uint32_t> told_notices_;   // versions, by local index
   bool told_poison_ = false;
   std::atomic<bool> stopping_{false};
+  const bool has_controls_;
+  std::mutex asking_;  // guards the rest, but for the thread
+  std::condition_variable answered_;
+  bool ask_ = false;
+  bool poison_told_ = false;
+  std::map<int, Standing> heard_;  // of ranks of other hosts, since the last question
   pid_t owner_;
   std::thread thread_;
 };

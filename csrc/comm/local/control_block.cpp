@@ -11,13 +11,14 @@ constexpr size_t kPage = 4096;
 size_t page_up(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 struct Layout {
-  size_t left, slots, stages, scratch, total;
+  size_t presence, notices, slots, stages, scratch, total;
 };
 
 Layout layout(int local_size, int world_size) {
   Layout l{};
-  l.left = page_up(sizeof(PoisonRecord));
-  l.slots = l.left + page_up(sizeof(uint32_t) * world_size);
+  l.presence = page_up(sizeof(PoisonRecord));
+  l.notices = l.presence + page_up(sizeof(uint32_t) * world_size);
+  l.slots = l.notices + page_up(sizeof(Notice) * world_size);
   l.stages = l.slots + page_up(sizeof(RankSlot) * local_size);
   l.scratch = l.stages + ControlBlock::kStageBytes * local_size;
   l.total = l.scratch + ControlBlock::kScratchBytes;
@@ -43,7 +44,8 @@ ControlBlock::ControlBlock(const UniqueFd& fd, int local_size, int world_size)
                              std::to_string(local_size) + " local ranks of " + std::to_string(world_size) +
                              ". All ranks must run the same build.");
   }
-  left_offset_ = l.left;
+  presence_offset_ = l.presence;
+  notices_offset_ = l.notices;
   slots_offset_ = l.slots;
   stages_offset_ = l.stages;
   scratch_offset_ = l.scratch;

@@ -23,7 +23,10 @@ struct alignas(64) SharedCounter {
   alignas(64) std::atomic<uint32_t> num_sleepers;
 };
 
-enum class PoisonKind : uint32_t { kPeerFailed = 1, kMismatch = 2 };
+enum class PoisonKind : uint32_t { kPeerFailed = 1, kMismatch = 2, kTimedOut = 3 };
+
+// kLeft: in good order.
+enum Presence : uint32_t { kPresent = 0, kLeft = 1, kDead = 2 };
 
 struct PoisonRecord {
   static constexpr size_t kCauseBytes = 2048;
@@ -37,6 +40,13 @@ struct PoisonRecord {
   char cause[kCauseBytes];
 };
 
+// What a survivor tells the others while they regroup; `version` is odd while the text is being written.
+struct alignas(64) Notice {
+  static constexpr size_t kBytes = 252;
+  std::atomic<uint32_t> version;
+  char text[kBytes];
+};
+
 struct alignas(64) RankSlot {
   static constexpr size_t kInlineBytes = 4096;
   SharedCounter arrived;  // descriptors published
@@ -48,6 +58,7 @@ struct alignas(64) RankSlot {
 
 class ControlBlock {
  public:
+  static constexpr size_t kNoticeBytes = Notice::kBytes;
   // Per local rank: two input and two output tiles.
   static constexpr size_t kTileBytes = 256 << 10;
   static constexpr size_t kStageBytes = 4 * kTileBytes;
@@ -61,10 +72,12 @@ class ControlBlock {
   ControlBlock(const UniqueFd& fd, int local_size, int world_size);
 
   PoisonRecord& poison() const { return *reinterpret_cast<PoisonRecord*>(at(0)); }
-  // Nonzero once group rank `rank` has left in good order.
-  std::atomic<uint32_t>& left(int rank) const {
-    return reinterpret_cast<std::atomic<uint32_t>*>(at(left_offset_))[rank];
+  // Whether group rank `rank`, of any host, is still there: a Presence.
+  std::atomic<uint32_t>& presence(int rank) const {
+    return reinterpret_cast<std::atomic<uint32_t>*>(at(presence_offset_))[rank];
   }
+  // Of group rank `rank`, on any host.
+  Notice& notice(int rank) const { return reinterpret_cast<Notice*>(at(notices_offset_))[rank]; }
   RankSlot& slot(int local) const { return reinterpret_cast<RankSlot*>(at(slots_offset_))[local]; }
   std::byte* stage(int local) const { return at(stages_offset_ + local * kStageBytes); }
   std::byte* scratch() const { return at(scratch_offset_); }
@@ -76,7 +89,8 @@ class ControlBlock {
 
   int local_size_;
   int world_size_;
-  size_t left_offset_ = 0;
+  size_t presence_offset_ = 0;
+  size_t notices_offset_ = 0;
   size_t slots_offset_ = 0;
   size_t stages_offset_ = 0;
   size_t scratch_offset_ = 0;

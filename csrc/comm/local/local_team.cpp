@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 
 #include "comm/local/futex.h"
 
@@ -131,32 +132,12 @@ void LocalTeam::wait_for(const SharedCounter& counter, uint32_t target, int loca
       continue;
     }
     const auto now = Clock::now();
-    if (now >= deadline_) time_out(local);
+    if (now >= deadline_) faults_.give_up(std::array{rank}, mine());
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline_ - now);
     sleepers.fetch_add(1, std::memory_order_seq_cst);
     futex_wait(counter.value, value, std::min(left, kLongestSleep));
     sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
-}
-
-void LocalTeam::time_out(int local) const {
-  std::string absent, others;
-  for (int peer = 0; peer < size_; ++peer) {
-    const RankSlot& slot = block_.slot(peer);
-    const uint32_t arrived = slot.arrived.value.load(std::memory_order_acquire);
-    const Descriptor last = slot.descriptors[arrived & 1];
-    const int global = topology_.global(topology_.local_ranks()[peer]);
-    const std::string line = " rank " + std::to_string(global) + " last called " +
-                             (arrived == 0 ? "nothing" : describe(last)) + ";";
-    (reached(arrived, arrivals_) ? others : absent) += line;
-  }
-  const int awaited = topology_.global(topology_.local_ranks()[local]);
-  std::string text = "rank " + std::to_string(mine().rank) + " timed out in " + describe(mine()) +
-                     " waiting for rank " + std::to_string(awaited) + ".";
-  if (!absent.empty()) text += " Not arrived:" + absent;
-  if (!others.empty()) text += " Arrived:" + others;
-  text.back() = '.';
-  throw TimedOut(text);
 }
 
 }  // namespace mlsys::comm

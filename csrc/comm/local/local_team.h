@@ -66,7 +66,6 @@ class LocalTeam {
  private:
   SharedCounter& counter_of(Counter counter, int local) const;
   void wait_for(const SharedCounter& counter, uint32_t target, int local) const;
-  [[noreturn]] void time_out(int local) const;
 
   const Topology& topology_;
   const ControlBlock& block_;

@@ -97,9 +97,9 @@ void Messenger::stop() {
 void Messenger::run() noexcept {
   try {
     Links& links = connect_();
-    acceptors_.emplace_back(std::move(links.message_unix_listener), links.credentials);
+    acceptors_.emplace_back(std::move(links.message_unix_listener), links.credentials, links.strangers);
     if (links.message_tcp_listener) {
-      acceptors_.emplace_back(std::move(links.message_tcp_listener), links.credentials);
+      acceptors_.emplace_back(std::move(links.message_tcp_listener), links.credentials, links.strangers);
     }
     for (;;) {
       std::vector<pollfd> waiting = polls(links);

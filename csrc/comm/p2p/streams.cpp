@@ -30,8 +30,10 @@ bool Messenger::call(Links& links, int destination, Outbound& outbound) {
   if (outbound.socket) return true;
   if (outbound.failure.empty() && outbound.handshake == nullptr) {
     const MessageEndpoint& endpoint = links.message_endpoints[static_cast<size_t>(destination)];
-    UniqueFd fd =
-        links.topology.is_local(destination) ? connect_unix(endpoint.unix_name) : connect_tcp(endpoint.tcp);
+    bool busy = false;
+    UniqueFd fd = links.topology.is_local(destination) ? connect_unix(endpoint.unix_name, &busy)
+                                                       : connect_tcp(endpoint.tcp);
+    if (busy) return false;  // a crowd at its door: the next round tries again
     if (fd) {
       outbound.handshake = std::make_unique<Handshake>(
           Handshake::call(std::move(fd), links.credentials, Purpose::kPointToPoint, destination));

@@ -13,16 +13,19 @@ namespace {
 
 // Tries before sleeping in poll(): data from a busy peer is usually a few microseconds away.
 constexpr int kNumTries = 20;
+// Of one call, before the peer is taken for lost.
+constexpr int kMostCalls = 20;
+constexpr std::chrono::milliseconds kBetweenCalls{50};
 
 }  // namespace
 
 Mesh::Mesh(const Topology& topology, const Faults& faults, const Credentials& credentials,
-           std::vector<TcpAddress> addresses, UniqueFd listening)
+           Strangers& strangers, std::vector<TcpAddress> addresses, UniqueFd listening)
     : topology_(topology),
       faults_(faults),
       credentials_(credentials),
       addresses_(std::move(addresses)),
-      acceptor_(std::in_place, std::move(listening), credentials) {}
+      acceptor_(std::in_place, std::move(listening), credentials, strangers) {}
 
 void Mesh::begin(const Descriptor& op, Clock::time_point deadline) {
   op_ = op;
@@ -35,55 +38,75 @@ int Mesh::poll_timeout_ms() const {
 }
 
 void Mesh::ensure(std::span<const int> peers, Purpose purpose, const std::function<bool(int)>& is_dead) {
-  std::vector<Handshake> calls;
+  std::vector<Call> calls;
   std::vector<int> missing;
   for (const int peer : peers) {
     // The next and the previous host may be the same one.
     if (peer == topology_.rank || sockets(purpose).contains(peer)) continue;
     if (std::find(missing.begin(), missing.end(), peer) != missing.end()) continue;
     missing.push_back(peer);
-    if (peer < topology_.rank) calls.push_back(call(peer, purpose));
+    if (peer < topology_.rank) calls.push_back({peer, std::nullopt});
   }
+  for (Call& call : calls) dial(call, purpose);
   const auto have = [&](int peer) { return sockets(purpose).contains(peer); };
   while (std::erase_if(missing, have), !missing.empty()) {
     std::vector<pollfd> polls{{faults_.abort_fd(), POLLIN, 0}};
     acceptor_->append_polls(polls);
-    for (const Handshake& call : calls) {
-      polls.push_back({call.fd(), static_cast<short>(call.wants_to_write() ? POLLOUT : POLLIN), 0});
+    int limit_ms = is_dead ? std::min(poll_timeout_ms(), 20) : poll_timeout_ms();
+    for (const Call& call : calls) {
+      if (call.handshake) {
+        const bool writing = call.handshake->wants_to_write();
+        polls.push_back({call.handshake->fd(), static_cast<short>(writing ? POLLOUT : POLLIN), 0});
+      } else {
+        limit_ms = std::min(limit_ms, 10);
+      }
     }
-    if (::poll(polls.data(), polls.size(), poll_timeout_ms()) < 0 && errno != EINTR) throw_errno("poll");
+    if (::poll(polls.data(), polls.size(), limit_ms) < 0 && errno != EINTR) throw_errno("poll");
     faults_.check();
     serve_acceptor();
-    for (auto call = calls.begin(); call != calls.end();) {
-      const HandshakeState state = call->step();
-      if (state == HandshakeState::kFailed) {
-        faults_.lost(call->peer(), "the TCP connection to it was refused (" + call->failure() + ")", op_);
-      }
-      if (state == HandshakeState::kDone) {
-        sockets(purpose)[call->peer()] = Socket(call->take_fd());
-        call = calls.erase(call);
-      } else {
-        ++call;
-      }
-    }
+    std::erase_if(calls, [&](Call& call) { return progress(call, purpose, is_dead); });
     std::erase_if(missing, have);
     for (const int peer : missing) {
       if (faults_.has_left(peer)) faults_.fail_left(peer, op_);
       if (is_dead && is_dead(peer))
-        faults_.lost(peer, "its process died while the group was connecting", op_);
+        faults_.fail_dead(peer, "its process died while the group was connecting", op_);
     }
-    if (!missing.empty() && Clock::now() >= deadline_) time_out(missing, "a connection with");
+    if (!missing.empty() && Clock::now() >= deadline_) faults_.give_up(missing, op_);
   }
 }
 
-Handshake Mesh::call(int peer, Purpose purpose) const {
-  UniqueFd fd;
+void Mesh::dial(Call& call, Purpose purpose) const {
+  ++call.num_tries;
   try {
-    fd = connect_tcp(addresses_[static_cast<size_t>(peer)]);
+    call.handshake.emplace(Handshake::call(connect_tcp(addresses_[static_cast<size_t>(call.peer)]),
+                                           credentials_, purpose, call.peer));
   } catch (const std::system_error& error) {  // refused at once: nobody listens there any more
-    faults_.lost(peer, error.what(), op_);
+    faults_.lost(call.peer, error.what(), op_);
   }
-  return Handshake::call(std::move(fd), credentials_, purpose, peer);
+}
+
+bool Mesh::progress(Call& call, Purpose purpose, const std::function<bool(int)>& is_dead) {
+  if (!call.handshake) {
+    if (Clock::now() >= call.again_at) dial(call, purpose);
+    return false;
+  }
+  const HandshakeState state = call.handshake->step();
+  if (state == HandshakeState::kUnderWay) return false;
+  if (state == HandshakeState::kDone) {
+    sockets(purpose)[call.peer] = Socket(call.handshake->take_fd());
+    return true;
+  }
+  if (is_dead && is_dead(call.peer))
+    faults_.fail_dead(call.peer, "its process died while the group was connecting", op_);
+  const std::string why = call.handshake->failure();
+  if (call.handshake->refused() || call.num_tries >= kMostCalls) {
+    faults_.lost(call.peer,
+                 "the TCP connection to it was refused (" + why + "); all ranks need the same MLSYS_JOB_KEY",
+                 op_);
+  }
+  call.handshake.reset();
+  call.again_at = Clock::now() + kBetweenCalls;
+  return false;
 }
 
 Socket Mesh::take_control(int peer) {
@@ -132,13 +155,14 @@ void Mesh::wait(std::span<const int> readers, std::span<const int> writers) {
   for (const int peer : writers) polls.push_back({fd_of(peer), POLLOUT, 0});
   const size_t num_data = polls.size();
   acceptor_->append_polls(polls);
-  const int ready = ::poll(polls.data(), polls.size(), poll_timeout_ms());
-  if (ready < 0 && errno != EINTR) throw_errno("poll");
+  if (::poll(polls.data(), polls.size(), poll_timeout_ms()) < 0 && errno != EINTR) throw_errno("poll");
   faults_.check();
   const auto acted = [](const pollfd& p) { return p.revents != 0; };
-  if (std::any_of(polls.begin() + static_cast<ptrdiff_t>(num_data), polls.end(), acted)) serve_acceptor();
-  if (ready <= 0 && Clock::now() >= deadline_)
-    time_out(readers.empty() ? writers : readers, "data from or to");
+  const auto strangers = polls.begin() + static_cast<ptrdiff_t>(num_data);
+  if (std::any_of(strangers, polls.end(), acted)) serve_acceptor();
+  // Who knocks at the door does not put off the deadline.
+  if (std::none_of(polls.begin(), strangers, acted) && Clock::now() >= deadline_)
+    faults_.give_up(readers.empty() ? writers : readers, op_);
 }
 
 void Mesh::transfer(std::span<const Outgoing> sends, std::span<const Incoming> receives) {
@@ -184,13 +208,6 @@ void Mesh::close() {
   acceptor_.reset();
   data_.clear();
   control_.clear();
-}
-
-void Mesh::time_out(std::span<const int> peers, const char* what) const {
-  std::string names;
-  for (const int peer : peers) names += (names.empty() ? "" : ", ") + std::to_string(topology_.global(peer));
-  throw TimedOut("rank " + std::to_string(topology_.global(topology_.rank)) + " timed out in " +
-                 describe(op_) + " waiting for " + what + " rank(s) " + names + " over TCP.");
 }
 
 }  // namespace mlsys::comm

@@ -35,7 +35,7 @@ class Mesh {
  public:
   using Clock = std::chrono::steady_clock;
 
-  Mesh(const Topology& topology, const Faults& faults, const Credentials& credentials,
+  Mesh(const Topology& topology, const Faults& faults, const Credentials& credentials, Strangers& strangers,
        std::vector<TcpAddress> addresses, UniqueFd listening);
 
   // Names the operation in errors and sets the deadline of all waits until the next begin().
@@ -62,14 +62,24 @@ class Mesh {
   uint64_t bytes_received() const { return bytes_received_; }
 
  private:
-  // Calls a rank of another host; throws PeerFailed when it is refused.
-  Handshake call(int peer, Purpose purpose) const;
+  // A call under way, and what to do when it breaks off: a crowd of strangers may have pushed it out of the
+  // peer's waiting room, so it is tried again.
+  struct Call {
+    int peer;
+    std::optional<Handshake> handshake;
+    int num_tries = 0;
+    Clock::time_point again_at{};
+  };
+
+  // Starts calling a rank of another host; throws PeerFailed when it is refused.
+  void dial(Call& call, Purpose purpose) const;
+  // True when connected. Throws PeerFailed when trying again is in vain.
+  bool progress(Call& call, Purpose purpose, const std::function<bool(int)>& is_dead);
   using Sockets = std::unordered_map<int, Socket>;
 
   Sockets& sockets(Purpose purpose) { return purpose == Purpose::kControl ? control_ : data_; }
   int fd_of(int peer) const;
   void serve_acceptor();
-  [[noreturn]] void time_out(std::span<const int> peers, const char* what) const;
   int poll_timeout_ms() const;
 
   const Topology& topology_;

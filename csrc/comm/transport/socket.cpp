@@ -174,24 +174,24 @@ UniqueFd connect_tcp(const TcpAddress& address) {
   return fd;
 }
 
-UniqueFd connect_unix(const std::string& abstract_name) {
+UniqueFd connect_unix(const std::string& abstract_name, bool* busy) {
+  *busy = false;
   UniqueFd fd = stream_socket(AF_UNIX);
   socklen_t length = 0;
   const sockaddr_un address = abstract_address(abstract_name, &length);
-  set_blocking(fd.get(), true);  // a full backlog then makes us wait for a turn
   int result;
   do {
     result = ::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), length);
   } while (result != 0 && errno == EINTR);
-  if (result != 0) {
-    if (errno == ECONNREFUSED || errno == ENOENT || errno == EPERM || errno == EACCES) return UniqueFd();
-    throw_errno("connect to abstract socket " + abstract_name);
-  }
-  set_blocking(fd.get(), false);
-  return fd;
+  if (result == 0) return fd;
+  *busy = errno == EAGAIN;
+  if (*busy || errno == ECONNREFUSED || errno == ENOENT || errno == EPERM || errno == EACCES)
+    return UniqueFd();
+  throw_errno("connect to abstract socket " + abstract_name);
 }
 
-UniqueFd accept_nonblocking(int listening) {
+UniqueFd accept_nonblocking(int listening, bool* short_of_descriptors) {
+  *short_of_descriptors = false;
   for (;;) {
     UniqueFd fd(::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (fd) {
@@ -204,7 +204,8 @@ UniqueFd accept_nonblocking(int listening) {
     }
     if (errno == EAGAIN || errno == EWOULDBLOCK) return fd;
     // The caller hung up first, or there is a shortage that may pass: neither is a reason to stop serving.
-    if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) return fd;
+    *short_of_descriptors = errno == EMFILE || errno == ENFILE;
+    if (*short_of_descriptors || errno == ENOBUFS || errno == ENOMEM) return fd;
     if (errno == EINTR || errno == ECONNABORTED || errno == EPROTO || errno == EPERM) continue;
     throw_errno("accept");
   }
@@ -224,12 +225,6 @@ void tune_tcp(int fd) {
   set(IPPROTO_TCP, TCP_KEEPINTVL, 2, "TCP_KEEPINTVL");
   set(IPPROTO_TCP, TCP_KEEPCNT, 5, "TCP_KEEPCNT");
   set(IPPROTO_TCP, TCP_USER_TIMEOUT, 15000, "TCP_USER_TIMEOUT");
-}
-
-void set_blocking(int fd, bool blocking) {
-  const int flags = ::fcntl(fd, F_GETFL);
-  if (flags < 0 || ::fcntl(fd, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK) < 0)
-    throw_errno("fcntl");
 }
 
 }  // namespace mlsys::comm

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -41,18 +42,19 @@ std::string choose_address(bool one_host);
 UniqueFd listen_tcp(const std::string& host, uint16_t* port);
 UniqueFd listen_unix(const std::string& abstract_name);
 // Starts connecting; the result of a TCP connect shows in SO_ERROR once writable. A unix connect completes or
-// fails here: an empty UniqueFd means that nobody of that name can be reached.
+// fails here, never waiting: an empty UniqueFd means that nobody of that name can be reached, or with `*busy`
+// that its backlog is full for now.
 UniqueFd connect_tcp(const TcpAddress& address);
-UniqueFd connect_unix(const std::string& abstract_name);
-// Empty when nobody is waiting (or the caller has already gone).
-UniqueFd accept_nonblocking(int listening);
+UniqueFd connect_unix(const std::string& abstract_name, bool* busy);
+// Empty when nobody is waiting (or the caller has already gone), or with `*short_of_descriptors` when this
+// process has no descriptor left for who waits.
+UniqueFd accept_nonblocking(int listening, bool* short_of_descriptors);
 // No delay, keep-alive and user timeout, so that a host that vanished is noticed.
 void tune_tcp(int fd);
 
-// Passes descriptors together with one byte / receives exactly `count` of them, waiting at most 10 s.
+// Passes descriptors together with one byte / receives exactly `count` of them. Receiving waits until
+// `check`, which is called again and again meanwhile, throws.
 void send_descriptors(int socket, std::span<const int> descriptors);
-std::vector<UniqueFd> receive_descriptors(int socket, size_t count);
-
-void set_blocking(int fd, bool blocking);
+std::vector<UniqueFd> receive_descriptors(int socket, size_t count, const std::function<void()>& check);
 
 }  // namespace mlsys::comm

@@ -1,0 +1,137 @@
+#include "comm/bringup/rendezvous.h"
+
+#include "comm/fault/control_frame.h"
+
+namespace mlsys::comm {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+constexpr milliseconds kLongestPause{20};
+// How often a rank that waits asks whether another one has failed where it cannot see.
+constexpr milliseconds kBetweenQuestions{50};
+// A store that is gone most often died with a rank.
+constexpr milliseconds kGrace{300};
+
+std::vector<uint8_t> bytes_of(const Poison& poison) {
+  const auto bytes = encode(poison_frame(poison));
+  return {bytes.begin(), bytes.end()};
+}
+
+}  // namespace
+
+Rendezvous::Rendezvous(std::shared_ptr<Store> store, const Options& options, const Identity& mine,
+                       Liveness& liveness, std::function<bool()> stop)
+    : store_(std::move(store)),
+      options_(options),
+      mine_(mine),
+      liveness_(liveness),
+      stop_(std::move(stop)),
+      prefix_("mlsys/" + options.group_name + "/"),
+      deadline_(Clock::now() + options.timeout) {}
+
+int Rendezvous::global_rank(int rank) const {
+  return options_.global_ranks.empty() ? rank : options_.global_ranks[static_cast<size_t>(rank)];
+}
+
+void Rendezvous::put(const std::string& kind, int rank, const std::vector<uint8_t>& value) {
+  try {
+    store_->set(prefix_ + kind + "/" + std::to_string(rank), value);
+  } catch (const std::exception&) {
+    store_is_gone(liveness_.first_dead());
+  }
+}
+
+// Nothing when the key is missing.
+std::optional<std::vector<uint8_t>> Rendezvous::look_up(const std::string& key) {
+  try {
+    return store_->get(prefix_ + key, milliseconds(0));
+  } catch (const TimedOut&) {
+    return std::nullopt;
+  }
+}
+
+std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool needs_all,
+                                     const std::function<void()>& meanwhile) {
+  const std::string key = kind + "/" + std::to_string(rank);
+  auto asked_at = Clock::now();
+  for (int round = 0;; ++round) {
+    if (stop_()) throw TimedOut("the group was shut down while it was still connecting.");
+    if (meanwhile) meanwhile();
+    // Looked up first: if the key is missing even after that, the death was no orderly end.
+    const int dead = needs_all ? liveness_.first_dead() : (liveness_.is_dead(rank) ? rank : -1);
+    try {
+      if (auto value = look_up(key)) return std::move(*value);
+      if (dead >= 0) {
+        throw_first_failure();
+        throw liveness_.failure_of(dead);
+      }
+      if (!liveness_.knows(rank)) watch(rank);
+      if (Clock::now() - asked_at > kBetweenQuestions) {
+        throw_first_failure();
+        asked_at = Clock::now();
+      }
+    } catch (const PeerFailed&) {
+      throw;
+    } catch (const TimedOut&) {
+      throw;
+    } catch (const std::exception&) {
+      store_is_gone(dead);
+    }
+    if (Clock::now() >= deadline_) {
+      throw TimedOut("rank " + std::to_string(global_rank(options_.rank)) +
+                     " timed out while connecting the group: nothing heard from rank " +
+                     std::to_string(global_rank(rank)) + " (store key " + prefix_ + key +
+                     "). It has not begun its first operation on this group, or is stopped.");
+    }
+    liveness_.sleep(needs_all ? -1 : rank, std::min(milliseconds(1 + round / 4), kLongestPause));
+  }
+}
+
+void Rendezvous::watch(int rank) {
+  const auto bytes = look_up("presence/" + std::to_string(rank));
+  const std::optional<Identity> identity = bytes ? decode_identity(*bytes) : std::nullopt;
+  if (identity) liveness_.add(rank, global_rank(rank), *identity, mine_);
+}
+
+void Rendezvous::watch_everyone() {
+  try {
+    for (int rank = 0; rank < options_.size; ++rank) watch(rank);
+  } catch (const std::exception&) {
+    store_is_gone(liveness_.first_dead());
+  }
+}
+
+void Rendezvous::throw_first_failure() {
+  const auto bytes = look_up("failed");
+  const auto frame = bytes ? decode_control_frame(*bytes, options_.size) : std::nullopt;
+  if (!frame || frame->type != ControlFrame::Type::kPoison) return;
+  const Poison& p = frame->poison;
+  if (p.kind == PoisonKind::kTimedOut) throw TimedOut(p.cause);
+  throw PeerFailed(p.rank, p.host, p.pid, p.cause, p.op, p.sequence);
+}
+
+void Rendezvous::give_up(const Poison& mine) {
+  try {
+    throw_first_failure();
+    store_->set(prefix_ + "failed", bytes_of(mine));
+  } catch (const PeerFailed&) {
+    throw;
+  } catch (const TimedOut&) {
+    throw;
+  } catch (const std::exception&) {
+    // The store is gone as well: what this rank knows by itself is all there is to tell.
+  }
+}
+
+void Rendezvous::store_is_gone(int dead) {
+  const std::exception_ptr reason = std::current_exception();
+  for (const auto until = Clock::now() + kGrace; dead < 0 && Clock::now() < until && !stop_();) {
+    dead = liveness_.first_dead(milliseconds(10));
+  }
+  if (dead >= 0) throw liveness_.failure_of(dead);
+  std::rethrow_exception(reason);
+}
+
+}  // namespace mlsys::comm

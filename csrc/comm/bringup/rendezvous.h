@@ -1,0 +1,59 @@
+// The store with one group's key prefix, as the ranks use it while they connect.
+//
+// Waiting is done in short looks, so that deaths and `stop` are noticed at once and other users of the store
+// get their turn. The first rank that fails writes why under "failed", before its own end can be taken for
+// the cause; the others then tell the same.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "comm/bringup/identity.h"
+#include "comm/bringup/liveness.h"
+#include "comm/communicator.h"
+#include "comm/fault/faults.h"
+
+namespace mlsys::comm {
+
+class Rendezvous {
+ public:
+  // `mine` tells which ranks can be watched, `liveness` learns of them.
+  Rendezvous(std::shared_ptr<Store> store, const Options& options, const Identity& mine, Liveness& liveness,
+             std::function<bool()> stop);
+
+  void put(const std::string& kind, int rank, const std::vector<uint8_t>& value);
+  // Throws PeerFailed when the key is missing and `rank` is dead; or, when `needs_all`, any watched rank is:
+  // `needs_all` says that no rank can leave this stage before all have published their key of this kind.
+  // `meanwhile` is called before each look.
+  std::vector<uint8_t> get(const std::string& kind, int rank, bool needs_all,
+                           const std::function<void()>& meanwhile = nullptr);
+
+  // Learns from what ranks published when they made the group whom to watch, also before they connect.
+  void watch_everyone();
+  int global_rank(int rank) const;
+
+  // Publishes why this rank gives up, unless somebody was first: then that is thrown. Never fails for the
+  // store's sake, which may be gone as well.
+  void give_up(const Poison& mine);
+
+ private:
+  std::optional<std::vector<uint8_t>> look_up(const std::string& key);
+  void watch(int rank);
+  void throw_first_failure();
+  [[noreturn]] void store_is_gone(int dead);
+
+  std::shared_ptr<Store> store_;
+  const Options& options_;
+  const Identity& mine_;
+  Liveness& liveness_;
+  std::function<bool()> stop_;
+  std::string prefix_;
+  std::chrono::steady_clock::time_point deadline_;
+};
+
+}  // namespace mlsys::comm
