@@ -11,18 +11,12 @@
 #include <vector>
 
 #include "comm/algorithms/local.h"
+#include "comm/local/tile_claims.h"
 
 namespace mlsys::comm {
 namespace {
 
-constexpr size_t kGrain = 64;         // elements: slice boundaries on cache lines for every type
-constexpr size_t kSweep = 256 << 10;  // bytes: how much of a slice is swept at once
-
-std::vector<const void*> sources_at(std::span<std::byte* const> bases, size_t offset) {
-  std::vector<const void*> sources;
-  for (const std::byte* base : bases) sources.push_back(base + offset);
-  return sources;
-}
+constexpr size_t kGrain = 64;  // elements: slice boundaries on cache lines for every type
 
 void reduce_inline(Context& context, const Reducer& reducer, void* data, size_t count, int root) {
   if (root >= 0 && root != context.team.index()) return;
@@ -36,21 +30,24 @@ void reduce_inline(Context& context, const Reducer& reducer, void* data, size_t 
 void reduce_direct(Context& context, const Reducer& reducer, std::span<std::byte* const> buffers,
                    size_t count, int root) {
   LocalTeam& team = context.team;
-  const auto size = static_cast<size_t>(team.size());
-  const Range slice = part_of(count, static_cast<size_t>(team.index()), size, kGrain);
-  const size_t step = kSweep / reducer.element_bytes();
-  for (size_t done = 0; done < slice.count; done += step) {
-    const size_t n = std::min(step, slice.count - done);
-    const size_t offset = (slice.first + done) * reducer.element_bytes();
-    std::vector<void*> targets;
-    for (int local = 0; local < team.size(); ++local) {
-      if (root < 0 || root == local) targets.push_back(buffers[static_cast<size_t>(local)] + offset);
-    }
-    reducer.reduce(sources_at(buffers, offset), targets, n);
-  }
-  team.barrier();
-  const size_t written = root < 0 ? size - 1 : (root == team.index() ? 0 : 1);
-  context.counters.add_shm(slice.count * reducer.element_bytes() * (size - 1 + written));
+  const size_t bytes = count * reducer.element_bytes();
+  const size_t tile = TileClaims::tile_bytes(bytes, team.size()) / reducer.element_bytes();
+  const size_t targets_each = root < 0 ? buffers.size() : 1;
+  std::vector<const void*> sources(buffers.size());
+  std::vector<void*> targets(targets_each);
+  TileClaims claims(team, 0, (count + tile - 1) / tile);
+  claims.run([&](size_t k) {
+    const size_t offset = k * tile * reducer.element_bytes();
+    const size_t n = std::min(tile, count - k * tile);
+    for (size_t local = 0; local < buffers.size(); ++local) sources[local] = buffers[local] + offset;
+    for (size_t local = 0; root < 0 && local < buffers.size(); ++local)
+      targets[local] = buffers[local] + offset;
+    if (root >= 0) targets[0] = buffers[static_cast<size_t>(root)] + offset;
+    reducer.reduce(sources, targets, n);
+    const bool mine_too = root < 0 || root == team.index();
+    const size_t others = sources.size() - 1 + targets.size() - (mine_too ? 1 : 0);
+    context.counters.add_shm(n * reducer.element_bytes() * others);
+  });
   context.counters.add_zero_copy();
 }
 

@@ -203,6 +203,11 @@ void Faults::wake_futexes() const {
     RankSlot& slot = block_.slot(local);
     for (SharedCounter* counter : {&slot.arrived, &slot.first, &slot.second}) futex_wake_all(counter->value);
   }
+  for (uint32_t parity = 0; parity < 2; ++parity) {
+    for (size_t phase = 0; phase < ControlBlock::kClaimPhases; ++phase) {
+      futex_wake_all(block_.claims(parity, phase).done.value);
+    }
+  }
 }
 
 }  // namespace mlsys::comm

@@ -11,7 +11,7 @@ constexpr size_t kPage = 4096;
 size_t page_up(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 struct Layout {
-  size_t presence, notices, slots, stages, scratch, total;
+  size_t presence, notices, slots, claims, stages, scratch, total;
 };
 
 Layout layout(int local_size, int world_size) {
@@ -19,7 +19,8 @@ Layout layout(int local_size, int world_size) {
   l.presence = page_up(sizeof(PoisonRecord));
   l.notices = l.presence + page_up(sizeof(uint32_t) * world_size);
   l.slots = l.notices + page_up(sizeof(Notice) * world_size);
-  l.stages = l.slots + page_up(sizeof(RankSlot) * local_size);
+  l.claims = l.slots + page_up(sizeof(RankSlot) * local_size);
+  l.stages = l.claims + page_up(sizeof(ClaimSet) * 2 * ControlBlock::kClaimPhases);
   l.scratch = l.stages + ControlBlock::kStageBytes * local_size;
   l.total = l.scratch + ControlBlock::kScratchBytes;
   return l;
@@ -47,6 +48,7 @@ ControlBlock::ControlBlock(const UniqueFd& fd, int local_size, int world_size)
   presence_offset_ = l.presence;
   notices_offset_ = l.notices;
   slots_offset_ = l.slots;
+  claims_offset_ = l.claims;
   stages_offset_ = l.stages;
   scratch_offset_ = l.scratch;
   mapping_ = Mapping(fd.get(), l.total);

@@ -23,6 +23,13 @@ struct alignas(64) SharedCounter {
   alignas(64) std::atomic<uint32_t> num_sleepers;
 };
 
+// Which tiles of an operation's work have been taken and how many are complete; see tile_claims.h. All zero
+// when an operation begins.
+struct ClaimSet {
+  alignas(64) std::atomic<uint32_t> next;
+  SharedCounter done;
+};
+
 enum class PoisonKind : uint32_t { kPeerFailed = 1, kMismatch = 2, kTimedOut = 3 };
 
 // kLeft: in good order.
@@ -52,7 +59,8 @@ struct alignas(64) RankSlot {
   SharedCounter arrived;  // descriptors published
   SharedCounter first;    // two progress counters for the steps inside an operation
   SharedCounter second;
-  alignas(64) Descriptor descriptors[2];  // by parity of the arrival
+  alignas(64) std::atomic<uint32_t> working;  // nonzero while this rank is in a tile that it has claimed
+  alignas(64) Descriptor descriptors[2];      // by parity of the arrival
   alignas(64) std::byte inline_payload[2][kInlineBytes];
 };
 
@@ -64,6 +72,9 @@ class ControlBlock {
   static constexpr size_t kStageBytes = 4 * kTileBytes;
   // Per host: where leaders exchange with other hosts.
   static constexpr size_t kScratchBytes = 16 << 20;
+
+  // Claims of one operation: this many phases, twice, by parity of the arrival.
+  static constexpr size_t kClaimPhases = 4;
 
   static size_t bytes_for(int local_size, int world_size);
   static UniqueFd make(int local_size, int world_size);
@@ -79,6 +90,9 @@ class ControlBlock {
   // Of group rank `rank`, on any host.
   Notice& notice(int rank) const { return reinterpret_cast<Notice*>(at(notices_offset_))[rank]; }
   RankSlot& slot(int local) const { return reinterpret_cast<RankSlot*>(at(slots_offset_))[local]; }
+  ClaimSet& claims(uint32_t parity, size_t phase) const {
+    return reinterpret_cast<ClaimSet*>(at(claims_offset_))[parity * kClaimPhases + phase];
+  }
   std::byte* stage(int local) const { return at(stages_offset_ + local * kStageBytes); }
   std::byte* scratch() const { return at(scratch_offset_); }
   int local_size() const { return local_size_; }
@@ -92,6 +106,7 @@ class ControlBlock {
   size_t presence_offset_ = 0;
   size_t notices_offset_ = 0;
   size_t slots_offset_ = 0;
+  size_t claims_offset_ = 0;
   size_t stages_offset_ = 0;
   size_t scratch_offset_ = 0;
   Mapping mapping_;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "comm/local/futex.h"
 
@@ -53,6 +54,7 @@ void LocalTeam::arrive(const Descriptor& descriptor, Clock::time_point deadline)
     base_[counter] += signals_[counter];
     signals_[counter] = 0;
   }
+  stale_claims_ = std::exchange(claimed_, false);
   ++arrivals_;
   RankSlot& slot = block_.slot(index_);
   slot.descriptors[arrivals_ & 1] = descriptor;
@@ -68,6 +70,17 @@ void LocalTeam::await_arrival() {
     if (!same_operation(mine(), descriptor(local))) {
       faults_.fail_mismatch(describe_mismatch(mine(), descriptor(local)), mine());
     }
+  }
+  if (stale_claims_ && index_ == 0) clear_claims();
+}
+
+// All have finished the operation before this one, and its claims are used again by the one after this one,
+// which begins when this rank, too, has arrived there.
+void LocalTeam::clear_claims() {
+  for (size_t phase = 0; phase < ControlBlock::kClaimPhases; ++phase) {
+    ClaimSet& set = block_.claims((arrivals_ + 1) & 1, phase);
+    set.next.store(0, std::memory_order_relaxed);
+    set.done.value.store(0, std::memory_order_relaxed);
   }
 }
 
@@ -110,6 +123,15 @@ void LocalTeam::await_all(Counter counter, uint32_t n) const {
   for (int local = 0; local < size_; ++local) await(counter, local, n);
 }
 
+void LocalTeam::count_done(ClaimSet& set, uint32_t total) {
+  const uint32_t done = set.done.value.fetch_add(1, std::memory_order_seq_cst) + 1;
+  if (done == total && set.done.num_sleepers.load(std::memory_order_seq_cst) != 0) {
+    futex_wake_all(set.done.value);
+  }
+}
+
+void LocalTeam::await_done(const ClaimSet& set, uint32_t total) const { wait_for(set.done, total, kAnyone); }
+
 // First spin, because the others are usually microseconds away; then let others run; then sleep on the
 // counter.
 void LocalTeam::wait_for(const SharedCounter& counter, uint32_t target, int local) const {
@@ -122,22 +144,42 @@ void LocalTeam::wait_for(const SharedCounter& counter, uint32_t target, int loca
     const uint32_t value = counter.value.load(std::memory_order_seq_cst);
     if (reached(value, target)) return;
     faults_.check();
-    const int rank = topology_.local_ranks()[local];
+    const int left = first_left(local);
     // Read again after the flag: what a rank signalled before it left still counts.
-    if (faults_.has_left(rank) && !reached(counter.value.load(std::memory_order_seq_cst), target)) {
-      faults_.fail_left(rank, mine());
+    if (left >= 0 && !reached(counter.value.load(std::memory_order_seq_cst), target)) {
+      faults_.fail_left(left, mine());
     }
     if (round < num_yields_) {
       ::sched_yield();
       continue;
     }
     const auto now = Clock::now();
-    if (now >= deadline_) faults_.give_up(std::array{rank}, mine());
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline_ - now);
+    if (now >= deadline_) time_out(local);
+    const auto remaining = std::chrono::ceil<std::chrono::milliseconds>(deadline_ - now);
     sleepers.fetch_add(1, std::memory_order_seq_cst);
-    futex_wait(counter.value, value, std::min(left, kLongestSleep));
+    futex_wait(counter.value, value, std::min(remaining, kLongestSleep));
     sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
+}
+
+int LocalTeam::first_left(int local) const {
+  const std::vector<int>& ranks = topology_.local_ranks();
+  if (local != kAnyone) return faults_.has_left(ranks[local]) ? ranks[local] : -1;
+  const auto left =
+      std::find_if(ranks.begin(), ranks.end(), [&](int rank) { return faults_.has_left(rank); });
+  return left == ranks.end() ? -1 : *left;
+}
+
+// Where anyone could have done the work, those are missing who are still in a tile.
+void LocalTeam::time_out(int local) const {
+  std::vector<int> missing;
+  for (int peer = 0; peer < size_; ++peer) {
+    const bool working = block_.slot(peer).working.load(std::memory_order_relaxed) != 0;
+    if (local == kAnyone ? working && peer != index_ : peer == local) {
+      missing.push_back(topology_.local_ranks()[peer]);
+    }
+  }
+  faults_.give_up(missing, mine());
 }
 
 }  // namespace mlsys::comm

@@ -60,12 +60,29 @@ class LocalTeam {
     await_all(kFirst, signals_[kFirst]);
   }
 
+  // For TileClaims. The set of the operation under way; only valid until the next arrive().
+  ClaimSet& claim_set(size_t phase) {
+    claimed_ = true;
+    return block_.claims(arrivals_ & 1, phase);
+  }
+  // Whether this rank is in a tile that it has claimed: whom to blame when the work is never complete.
+  void set_working(bool working) { block_.slot(index_).working.store(working, std::memory_order_relaxed); }
+  // One more tile of `total` is complete.
+  void count_done(ClaimSet& set, uint32_t total);
+  void await_done(const ClaimSet& set, uint32_t total) const;
+
   std::byte* stage(int local) const { return block_.stage(local); }
   std::byte* scratch() const { return block_.scratch(); }
 
  private:
   SharedCounter& counter_of(Counter counter, int local) const;
+  static constexpr int kAnyone = -1;
+  // Waits for local rank `local`, or kAnyone, to bring `counter` to `target`.
   void wait_for(const SharedCounter& counter, uint32_t target, int local) const;
+  // The group rank that has left in good order among those that are waited for; -1 when none has.
+  int first_left(int local) const;
+  void clear_claims();
+  [[noreturn]] void time_out(int local) const;
 
   const Topology& topology_;
   const ControlBlock& block_;
@@ -77,6 +94,8 @@ class LocalTeam {
   int num_spins_;
   int num_yields_;
   uint32_t arrivals_ = 0;
+  bool claimed_ = false;                          // in the operation under way
+  bool stale_claims_ = false;                     // in the one before it
   uint32_t base_[2] = {0, 0};                     // counter values when the operation began
   uint32_t signals_[2] = {0, 0};                  // signals of this rank in the operation
   std::atomic<OpKind> last_kind_{OpKind::kNone};  // read by other threads
