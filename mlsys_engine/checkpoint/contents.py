@@ -4,7 +4,8 @@
     optimizer/<fqn>/<name>     one piece of optimizer state of one parameter
     optimizer_groups           hyper-parameters of every group, parameters by name
     shared                     the same on every rank: scheduler, data position, seed, ...
-    rank/00000                 of one rank alone: its random number generators
+    rank/00000                 of one rank alone: its random number generators, and what a compressed
+                               reduction keeps for the next step
 
 Module names contain no slash that would matter: the first and the last part of an optimizer key are split
 off.
@@ -18,6 +19,7 @@ from typing import Any
 
 GROUPS_KEY = "optimizer_groups"
 SHARED_KEY = "shared"
+_OWN_OF_RUNNER = ("reduction",)  # what of a Runner's state belongs to one rank alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Contents:
             optimizer_state=optimizer["state"],
             optimizer_groups=list(optimizer["param_groups"]),
             shared=shared,
-            own=own,
+            own={**own, **{key: state[key] for key in _OWN_OF_RUNNER if key in state}},
         )
 
     def runner_state(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class Contents:
                 "state": {fqn: dict(state) for fqn, state in self.optimizer_state.items()},
                 "param_groups": self.optimizer_groups,
             },
+            **{key: self.own[key] for key in _OWN_OF_RUNNER if key in self.own},
         }
 
 

@@ -7,7 +7,7 @@ in shared memory), `counters` and `poison`. Nothing is opened, started or loaded
 
 from mlsys_engine.comm.arena import empty, in_arena
 from mlsys_engine.comm.backend import register
-from mlsys_engine.comm.compressed import all_reduce_compressed, num_hosts
+from mlsys_engine.comm.compressed import COMPRESSIONS, all_reduce_compressed, num_hosts
 from mlsys_engine.comm.counters import Counters, counters, describe_transports
 from mlsys_engine.comm.faults import poison
 from mlsys_engine.comm.functional import (
@@ -27,6 +27,7 @@ from mlsys_engine.comm.tree import all_reduce_tree, reduce_scatter_tree
 from mlsys_engine.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerFailedError
 
 __all__ = [
+    "COMPRESSIONS",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "Counters",

@@ -15,6 +15,7 @@ def all_reduce_compressed(
     tensor: torch.Tensor,
     compression: str,
     residual: torch.Tensor | None = None,
+    *,
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,

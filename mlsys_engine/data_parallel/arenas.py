@@ -35,6 +35,7 @@ class Place:
 class BucketMemory:
     """One bucket's range of the arenas."""
 
+    index: int  # among all buckets
     parameters: torch.Tensor  # 1-d, the range with its padding
     gradients: torch.Tensor
     places: tuple[Place, ...]
@@ -127,6 +128,7 @@ def _split(
         begin = slots[position].offset
         stop = slots[end].offset if end < len(slots) else pair.parameters.data.numel()
         yield BucketMemory(
+            index=index,
             parameters=pair.parameters.data[begin:stop],
             gradients=pair.gradients.data[begin:stop],
             places=places,

@@ -15,6 +15,7 @@ from mlsys_engine.data_parallel import guard
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
 from mlsys_engine.data_parallel.reducer import Reducer
+from mlsys_engine.data_parallel.reductions import make_reduction
 from mlsys_engine.data_parallel.runner import DataParallelRunner
 from mlsys_engine.data_parallel.update import OptimizerFactory, make_optimizer, make_update
 from mlsys_engine.errors import ConfigError
@@ -51,6 +52,7 @@ def build_runner(
     arenas = ModelArenas(plan.buckets, parameters, _gradient_allocator(group, device))
     if group is not None:
         _broadcast_model(model, arenas, group)
+    reduction = None if group is None else make_reduction(plan, arenas.buckets, group, device)
     guard.guard(model)
     runner = DataParallelRunner(
         plan=plan,
@@ -58,7 +60,8 @@ def build_runner(
         optimizer=built,
         update=make_update(built, arenas),
         arenas=arenas,
-        reducer=Reducer(arenas.buckets, _collective(dist.all_reduce, group)),
+        reducer=Reducer(arenas.buckets, reduction),
+        reduction=reduction,
         buffers=BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group)),
         loss=loss,
         max_grad_norm=max_grad_norm,

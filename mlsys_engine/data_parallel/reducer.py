@@ -21,7 +21,9 @@ from torch import nn
 from mlsys_engine.data_parallel.arenas import BucketMemory, Place
 from mlsys_engine.errors import ConfigError, InternalError
 
-Reduce = Callable[[torch.Tensor], Any]  # starts the reduction of a 1-d tensor in place; returns its c10d Work
+Reduce = Callable[
+    [BucketMemory], Any
+]  # starts to sum a bucket's gradients in place; returns what to wait for
 
 
 class Reducer:
@@ -104,7 +106,7 @@ class Reducer:
             if not self._used[place.index]:
                 place.gradient.zero_()
         if self._reduce is not None and memory.gradients.numel():
-            self._works.append(self._reduce(memory.gradients))
+            self._works.append(self._reduce(memory))
         self.num_launched += 1
         if self._backwards_left:
             self.num_overlapped += 1

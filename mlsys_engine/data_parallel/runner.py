@@ -22,6 +22,7 @@ from mlsys_engine.data_parallel import guard, state
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
 from mlsys_engine.data_parallel.reducer import Reducer
+from mlsys_engine.data_parallel.reductions import Reduction
 from mlsys_engine.data_parallel.statistics import StepStatistics
 from mlsys_engine.data_parallel.update import Update
 from mlsys_engine.errors import CheckpointError, DataError
@@ -49,6 +50,7 @@ class DataParallelRunner:
         update: Update,
         arenas: ModelArenas,
         reducer: Reducer,
+        reduction: Reduction | None,
         buffers: BufferSync,
         loss: Loss | None,
         max_grad_norm: float | None,
@@ -59,6 +61,7 @@ class DataParallelRunner:
         self.reducer = reducer
         self._model, self._optimizer, self._update = model, optimizer, update
         self._arenas, self._buffers = arenas, buffers
+        self._reduction = reduction
         self._loss, self._max_grad_norm = loss, max_grad_norm
         self._causal = shifts_labels(model)
         self._group, self._device = group, device
@@ -165,18 +168,25 @@ class DataParallelRunner:
             return call_model(self._model, to_device(batch, self._device), with_loss=self._loss is not None)
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
-        """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU."""
-        return {
+        """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU.
+
+        A compressed reduction adds "reduction", which is this rank's alone.
+        """
+        result = {
             "model": state.model_state(self._model, full),
             "optimizer": state.optimizer_state(self._optimizer, self._model, full),
         }
+        if self._reduction is not None and (own := self._reduction.state_dict()):
+            result["reduction"] = state.copied(own) if full else own
+        return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies what `state_dict` returned, here or under another layout, into place; equal on every rank.
 
-        Without "optimizer" only the model is loaded, for weights that come from elsewhere.
+        Without "optimizer" only the model is loaded, for weights that come from elsewhere. Without
+        "reduction" a compressed reduction starts anew.
         """
-        if unexpected := state_dict.keys() - {"model", "optimizer"} or "model" not in state_dict:
+        if unexpected := state_dict.keys() - {"model", "optimizer", "reduction"} or "model" not in state_dict:
             raise CheckpointError(
                 f"A state dictionary with the keys {sorted(state_dict)[:5]}.",
                 'A runner\'s state has "model" and, to go on training, "optimizer".',
@@ -185,6 +195,8 @@ class DataParallelRunner:
         state.load_model_state(self._model, state_dict["model"])
         if "optimizer" in state_dict:
             state.load_optimizer_state(self._optimizer, self._model, state_dict["optimizer"])
+            if self._reduction is not None and self._reduction.state_dict():
+                self._reduction.load_state_dict(state_dict.get("reduction", {}))
 
     def close(self) -> None:
         """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards."""

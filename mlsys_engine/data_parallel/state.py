@@ -19,7 +19,7 @@ def model_state(model: nn.Module, full: bool) -> dict[str, Any]:
     Its tensors are the live ones; with `full`, private copies on the CPU (tied names share theirs).
     """
     state = dict(model.state_dict())
-    return _copied(state) if full else state
+    return copied(state) if full else state
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, full: bo
         | {"params": [names[index] for index in group["params"]]}
         for group in packed["param_groups"]
     ]
-    return {"state": _copied(state) if full else state, "param_groups": groups}
+    return {"state": copied(state) if full else state, "param_groups": groups}
 
 
 def load_optimizer_state(
@@ -106,7 +106,8 @@ def _packed_names(
     }
 
 
-def _copied(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
+    """The tree with private copies on the CPU in place of its tensors; those that share memory still do."""
     copies: dict[tuple[int, torch.Size, torch.dtype], torch.Tensor] = {}
 
     def copy(leaf: Any) -> Any:

@@ -8,9 +8,9 @@ import torch
 class TreeSum:
     """Adds tensors of one shape as a binary counter does: equal subtrees combine as soon as both are there.
 
-    With `n` terms in all it keeps at most log2(n) tensors beside the term at hand. The tree over n terms is the
-    tree over the largest power of two of them that is smaller than n, plus the tree over the rest: that of
-    `comm.all_reduce_tree` over ranks. So where every rank adds an equal number of consecutive terms that is a
+    With `n` terms in all it keeps at most log2(n) tensors beside the term at hand. The tree over n terms is
+    the tree over the largest power of two of them that is smaller than n, plus the tree over the rest: that
+    of `comm.all_reduce_tree` over ranks. So where every rank adds an equal number of consecutive terms, a
     power of two, and the ranks' totals go through `all_reduce_tree`, the bits depend on the terms alone, not
     on how many ranks share them.
     """

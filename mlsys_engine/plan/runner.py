@@ -55,7 +55,10 @@ class Runner(Protocol):
         """The model's output for this rank's own batch, in eval mode and without gradients."""
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
-        """`{"model": {fqn: tensor}, "optimizer": {"state": {fqn: {name: value}}, "param_groups": []}}`."""
+        """`{"model": {fqn: tensor}, "optimizer": {"state": {fqn: {name: value}}, "param_groups": []}}`.
+
+        May hold "reduction" besides, which is this rank's alone.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +12,14 @@ from torch import nn
 from mlsys_engine.comm.launch import World
 from mlsys_engine.data_parallel.buckets import layout_buckets
 from mlsys_engine.data_parallel.build import build_runner
+from mlsys_engine.data_parallel.reductions import POWERSGD_RANK, POWERSGD_START, REDUCTIONS
 from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.numerics import Loss
-from mlsys_engine.plan import SHARD_LEVELS, SYNC_MODES, MeshAxis, Plan, Runner
+from mlsys_engine.plan import SHARD_LEVELS, SYNC_MODES, Bucket, MeshAxis, Plan, Runner
 from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions
 from mlsys_engine.trace import Trace
 
-_COMPRESSIONS = ("bf16", "int8", "powersgd")
+_COMPRESSIONS = tuple(REDUCTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +33,42 @@ class DataParallel:
     sync: str = "step"
     """When ranks agree on gradients: "step" so far, at every optimizer step."""
     compression: str | None = None
-    """How gradients are compressed on the wire: None so far."""
+    """Of fp32 gradients: None; "bf16" or "int8" between hosts; "powersgd" between all ranks."""
     bucket_mib: float = 25.0
     """Size of a bucket of gradients; smaller starts communicating sooner, larger has less overhead."""
+    powersgd_rank: int | None = None
+    """Rank of the two thin matrices that stand for each gradient matrix under "powersgd"; None: 2."""
+    powersgd_start_step: int | None = None
+    """Steps of plain all-reduce before "powersgd" begins: at least 2, often a tenth of all; None: 100."""
 
     def __post_init__(self) -> None:
-        _check("shard", self.shard, SHARD_LEVELS, "none")
-        _check("sync", self.sync, SYNC_MODES, "step")
-        _check("compression", self.compression, (None, *_COMPRESSIONS), None)
+        _check("shard", self.shard, SHARD_LEVELS, ("none",))
+        _check("sync", self.sync, SYNC_MODES, ("step",))
+        _check("compression", self.compression, _COMPRESSIONS, _COMPRESSIONS)
+        self._check_powersgd("powersgd_rank", 1)
+        self._check_powersgd("powersgd_start_step", 2)
         if isinstance(self.bucket_mib, bool) or not self.bucket_mib > 0:
             raise ConfigError(
                 f"DataParallel(bucket_mib={self.bucket_mib!r}).",
                 "A bucket has a positive size in MiB.",
                 "Leave it out for 25.",
+            )
+
+    def _check_powersgd(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if value is None:
+            return
+        if self.compression != "powersgd":
+            raise ConfigError(
+                f"DataParallel({field}={value!r}, compression={self.compression!r}).",
+                f'{field} is a setting of compression="powersgd" and would have no effect.',
+                f"Leave {field} out.",
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(
+                f"DataParallel({field}={value!r}).",
+                f"It is a whole number of at least {least}.",
+                f"Leave {field} out for the usual one.",
             )
 
     def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
@@ -60,18 +85,21 @@ class DataParallel:
                 "DataParallel sums over ranks in an order that depends on their number, in this version.",
                 'Use "reproducible" for the same bits from the same configuration.',
             )
+        buckets = layout_buckets(trace, self.bucket_mib)
+        self._check_compressible(buckets)
         return Plan(
             strategy=self.name,
             mesh=(MeshAxis(name="data", size=world_size),),
-            buckets=layout_buckets(trace, self.bucket_mib),
+            buckets=buckets,
             order_source=trace.order_source,
             shard=self.shard,
             sync=self.sync,
             compression=self.compression,
             algorithms=(
                 ("accumulation", "in_order"),  # a rank's microbatches
-                ("gradients", "all_reduce"),  # of each bucket over ranks, in the gradients' dtype
+                ("gradients", self._gradient_algorithm),  # of each bucket over ranks, in the gradients' dtype
                 ("mean", "scaled_step"),  # the sum times one float64 factor, while stepping
+                *self._powersgd_settings(),
             ),
             activation=tuple(options.activation.items()),
             precision=options.precision,
@@ -80,6 +108,26 @@ class DataParallel:
             compile=options.compile,
             seed=options.seed,
         )
+
+    @property
+    def _gradient_algorithm(self) -> str:
+        return "all_reduce" if self.compression is None else f"all_reduce_{self.compression}"
+
+    def _powersgd_settings(self) -> tuple[tuple[str, str], ...]:
+        if self.compression != "powersgd":
+            return ()
+        rank, start = self.powersgd_rank or 2, self.powersgd_start_step or 100
+        return (POWERSGD_RANK, str(rank)), (POWERSGD_START, str(start))
+
+    def _check_compressible(self, buckets: Sequence[Bucket]) -> None:
+        others = [bucket for bucket in buckets if bucket.dtype != "float32"]
+        if self.compression is not None and others:
+            raise ConfigError(
+                f"DataParallel(compression={self.compression!r}) for a model whose parameter "
+                f"{others[0].slots[0].name} is {others[0].dtype}.",
+                "Only float32 gradients are compressed.",
+                "Leave compression out, or convert the model with model.float() first.",
+            )
 
     @staticmethod
     def build(
@@ -103,13 +151,13 @@ class DataParallel:
         )
 
 
-def _check(field: str, value: str | None, known: tuple[str | None, ...], built: str | None) -> None:
-    if value == built:
+def _check(field: str, value: str | None, known: Sequence[str | None], built: Sequence[str | None]) -> None:
+    if value in built:
         return
     if value in known:
         raise ConfigError(
             f"DataParallel({field}={value!r}).",
-            f"This version builds {field}={built!r} only.",
+            f"This version builds {field}={' or '.join(repr(name) for name in built)} only.",
             f"Leave {field} out.",
         )
     raise ConfigError(

@@ -16,9 +16,9 @@ class Doubling:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, flat):
-        self.calls.append(flat.data_ptr())
-        flat.mul_(2)
+    def __call__(self, bucket):
+        self.calls.append(bucket.gradients.data_ptr())
+        bucket.gradients.mul_(2)
         return self
 
     def wait(self):

