@@ -1,6 +1,7 @@
 #include <utility>
 
 #include "bindings/comm/bodies.h"
+#include "bindings/comm/reduction.h"
 #include "bindings/comm/tensors.h"
 
 namespace mlsys::binding {
@@ -14,7 +15,7 @@ Body all_reduce_each(Tensors tensors, std::vector<Reduction> reductions) {
                                                                             milliseconds timeout) {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const auto dense = dense_input(tensors[i]);
-      group.all_reduce(dense.mutable_data_ptr(), dense.numel(), reductions[i], timeout);
+      group.all_reduce(dense.mutable_data_ptr(), num_reduced(dense), reductions[i], timeout);
       write_back(dense, tensors[i]);
     }
   };
@@ -23,7 +24,7 @@ Body all_reduce_each(Tensors tensors, std::vector<Reduction> reductions) {
 Body reduce_to_root(at::Tensor tensor, Reduction reduction, int root) {
   return [tensor = std::move(tensor), reduction, root](Communicator& group, milliseconds timeout) {
     const auto dense = dense_input(tensor);
-    group.reduce(dense.mutable_data_ptr(), dense.numel(), reduction, root, timeout);
+    group.reduce(dense.mutable_data_ptr(), num_reduced(dense), reduction, root, timeout);
     if (group.rank() == root) write_back(dense, tensor);
   };
 }
@@ -34,7 +35,7 @@ Body reduce_scatter_lists(std::vector<Tensors> inputs, Tensors outputs, Reductio
     for (size_t i = 0; i < outputs.size(); ++i) {
       const auto parts = dense_inputs(inputs[i]);
       const auto output = dense_output(outputs[i]);
-      group.reduce_scatter(input_pointers(parts), output.mutable_data_ptr(), output.numel(), reduction,
+      group.reduce_scatter(input_pointers(parts), output.mutable_data_ptr(), num_reduced(output), reduction,
                            timeout);
       write_back(output, outputs[i]);
     }
@@ -51,7 +52,7 @@ Body reduce_scatter_flat(Tensors inputs, Tensors outputs, std::vector<Reduction>
       const size_t bytes = output.numel() * output.element_size();
       std::vector<const void*> parts(group.size());
       for (size_t rank = 0; rank < parts.size(); ++rank) parts[rank] = first + rank * bytes;
-      group.reduce_scatter(parts, output.mutable_data_ptr(), output.numel(), reductions[i], timeout);
+      group.reduce_scatter(parts, output.mutable_data_ptr(), num_reduced(output), reductions[i], timeout);
       write_back(output, outputs[i]);
     }
   };

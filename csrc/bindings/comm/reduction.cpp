@@ -54,26 +54,32 @@ double premul_factor(const c10d::ReduceOp& op) {
 }  // namespace
 
 comm::Reduction reduction_for(const at::Tensor& tensor, const c10d::ReduceOp& op, const std::string& where) {
-  const auto dtype = element_type(tensor.scalar_type());
+  const bool complex = tensor.is_complex();
+  const auto dtype = element_type(c10::toRealValueType(tensor.scalar_type()));
   std::ostringstream given;
   given << where << " was given " << name_of(op.op_) << " of " << tensor.scalar_type() << ".";
   if (!dtype) {
     throw Refused(
         given.str(),
-        "Reductions take float32, float64, float16, bfloat16, int8, uint8, int16, int32, int64 and bool.",
-        "Convert the tensor first; complex ones with torch.view_as_real.");
+        "Reductions take float32, float64, float16, bfloat16, int8, uint8, int16, int32, int64, bool and "
+        "complex.",
+        "Convert the tensor first.");
   }
   if (op.op_ > RedOp::PREMUL_SUM) {
     throw Refused(given.str(), "SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR and PREMUL_SUM are known.",
                   "Use one of them.");
   }
-  const bool floating = at::isFloatingType(tensor.scalar_type());
+  const bool scaled = op.op_ == RedOp::AVG || op.op_ == RedOp::PREMUL_SUM;
+  if (complex && !scaled && op.op_ != RedOp::SUM) {
+    throw Refused(given.str(), "Complex numbers are summed or averaged: those work part by part.",
+                  "Use SUM, AVG or PREMUL_SUM, or reduce torch.view_as_real of the tensor.");
+  }
+  const bool floating = complex || at::isFloatingType(tensor.scalar_type());
   const bool bitwise = op.op_ == RedOp::BAND || op.op_ == RedOp::BOR || op.op_ == RedOp::BXOR;
   if (bitwise && floating) {
     throw Refused(given.str(), "Bitwise operations need integers or bool.",
                   "Use MIN or MAX, or view the bits as int.");
   }
-  const bool scaled = op.op_ == RedOp::AVG || op.op_ == RedOp::PREMUL_SUM;
   if (scaled && !floating) {
     throw Refused(given.str(),
                   "AVG and PREMUL_SUM need a floating dtype, since integers would lose the fraction.",
@@ -85,6 +91,10 @@ comm::Reduction reduction_for(const at::Tensor& tensor, const c10d::ReduceOp& op
   comm::Reduction reduction{*dtype, static_cast<comm::ReduceOp>(op.op_)};
   if (op.op_ == RedOp::PREMUL_SUM) reduction.factor = premul_factor(op);
   return reduction;
+}
+
+size_t num_reduced(const at::Tensor& tensor) {
+  return static_cast<size_t>(tensor.numel()) * (tensor.is_complex() ? 2 : 1);
 }
 
 }  // namespace mlsys::binding

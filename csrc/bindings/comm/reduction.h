@@ -10,7 +10,11 @@
 
 namespace mlsys::binding {
 
-// Throws Refused, listing what is supported, for a dtype or operation that does not reduce.
+// Throws Refused, listing what is supported, for a dtype or operation that does not reduce. A complex tensor
+// reduces as its real and imaginary parts.
 comm::Reduction reduction_for(const at::Tensor& tensor, const c10d::ReduceOp& op, const std::string& where);
+
+// Numbers of the reduction's element type in `tensor`: two for each complex element.
+size_t num_reduced(const at::Tensor& tensor);
 
 }  // namespace mlsys::binding
