@@ -20,6 +20,7 @@ from typing import Any
 GROUPS_KEY = "optimizer_groups"
 SHARED_KEY = "shared"
 _OWN_OF_RUNNER = ("reduction",)  # what of a Runner's state belongs to one rank alone
+_SHARED_OF_RUNNER = ("accumulation",)  # and what, besides model and optimizer, is the same on every rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Contents:
             model=state["model"],
             optimizer_state=optimizer["state"],
             optimizer_groups=list(optimizer["param_groups"]),
-            shared=shared,
+            shared={**shared, **{key: state[key] for key in _SHARED_OF_RUNNER if key in state}},
             own={**own, **{key: state[key] for key in _OWN_OF_RUNNER if key in state}},
         )
 
@@ -55,6 +56,7 @@ class Contents:
                 "param_groups": self.optimizer_groups,
             },
             **{key: self.own[key] for key in _OWN_OF_RUNNER if key in self.own},
+            **{key: self.shared[key] for key in _SHARED_OF_RUNNER if key in self.shared},
         }
 
 

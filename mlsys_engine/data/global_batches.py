@@ -30,6 +30,9 @@ class GlobalBatches:
 
     The order depends on (seed, epoch) alone, and the position is counted in global samples: `state_dict()`
     taken after the k-th batch was received continues with the next one, at this world size or at another.
+    With `fixed_pieces` the microbatches of all ranks together are the same at any number of ranks, as long as
+    ranks times `accumulate` is: they differ by at most one sample, and larger ones come first.
+
     When an epoch ends, `epoch` moves to the next, and iterating again gives that one.
 
     An IterableDataset must give each data rank its own samples and say so with an attribute
@@ -46,6 +49,7 @@ class GlobalBatches:
         num_data_shards: int,
         accumulate: int = 1,
         seed: int = 0,
+        fixed_pieces: bool = False,
     ) -> None:
         loader = check_loader(loader)
         self._is_stream = isinstance(loader.dataset, IterableDataset)
@@ -61,6 +65,7 @@ class GlobalBatches:
             data_rank=data_rank,
             accumulate=accumulate,
             drop_last=loader.drop_last,
+            fixed_pieces=fixed_pieces,
         )
         if loader.batch_size < num_data_shards:
             raise DataError(
@@ -68,6 +73,12 @@ class GlobalBatches:
                 f"the {num_data_shards} data-parallel ranks that share it.",
                 "Each rank needs at least one sample of a full batch.",
                 f"Set batch_size to {num_data_shards} or more, or launch fewer ranks.",
+            )
+        if self._is_stream and fixed_pieces:
+            raise DataError(
+                "A sharded IterableDataset under numerics='world_invariant'.",
+                "Which samples a stream gives depends on the number of ranks.",
+                "Use a map-style dataset, or other numerics.",
             )
         if self._is_stream and loader.batch_size % num_data_shards:
             raise DataError(

@@ -28,6 +28,9 @@ class BatchLayout:
     data_rank: int  # which of them this rank feeds
     accumulate: int = 1  # microbatches that a rank's share of one global batch is cut into
     drop_last: bool = False  # leave out a last batch that is not full
+    # Cut a global batch into num_data_shards * accumulate pieces at once, and give each data shard its
+    # `accumulate` consecutive ones: the pieces are then the same however many data shards there are.
+    fixed_pieces: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.data_rank < self.num_data_shards:
@@ -74,10 +77,18 @@ class BatchLayout:
 
     def rank_share(self, batch: range) -> range:
         """This rank's contiguous part of a global batch; empty when a last batch is too small."""
+        if self.fixed_pieces:
+            pieces = self._pieces(batch)
+            return range(pieces[0].start, pieces[-1].stop)
         return share(batch, self.data_rank, self.num_data_shards)
 
     def microbatches(self, batch: range) -> list[range]:
         """This rank's share cut for accumulation, without empty pieces: possibly no microbatch at all."""
+        return [piece for piece in self._pieces(batch) if len(piece)]
+
+    def _pieces(self, batch: range) -> list[range]:
+        if self.fixed_pieces:
+            first, total = self.data_rank * self.accumulate, self.num_data_shards * self.accumulate
+            return [share(batch, first + index, total) for index in range(self.accumulate)]
         mine = self.rank_share(batch)
-        pieces = (share(mine, index, self.accumulate) for index in range(self.accumulate))
-        return [piece for piece in pieces if len(piece)]
+        return [share(mine, index, self.accumulate) for index in range(self.accumulate)]

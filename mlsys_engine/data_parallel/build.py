@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from mlsys_engine import comm
-from mlsys_engine.data_parallel import guard
+from mlsys_engine.data_parallel import guard, invariance
+from mlsys_engine.data_parallel.accumulation import Accumulation, InOrder, LeafTree
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
 from mlsys_engine.data_parallel.reducer import Reducer
@@ -48,11 +49,16 @@ def build_runner(
     model.to(device)
     parameters = dict(model.named_parameters())
     named = [(name, parameter) for name, parameter in parameters.items() if parameter.requires_grad]
+    if plan.numerics == "world_invariant":
+        invariance.check_model(model, device)
     built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
     arenas = ModelArenas(plan.buckets, parameters, _gradient_allocator(group, device))
     if group is not None:
         _broadcast_model(model, arenas, group)
     reduction = None if group is None else make_reduction(plan, arenas.buckets, group, device)
+    invariant = plan.numerics == "world_invariant"
+    sum_over_ranks = comm.all_reduce_tree if invariant else dist.all_reduce
+    reducer = Reducer(arenas.buckets, reduction, automatic=not invariant)
     guard.guard(model)
     runner = DataParallelRunner(
         plan=plan,
@@ -60,8 +66,10 @@ def build_runner(
         optimizer=built,
         update=make_update(built, arenas),
         arenas=arenas,
-        reducer=Reducer(arenas.buckets, reduction),
+        reducer=reducer,
         reduction=reduction,
+        accumulation=_accumulation(plan, reducer, arenas, group, device),
+        sum_over_ranks=_collective(sum_over_ranks, group),
         buffers=BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group)),
         loss=loss,
         max_grad_norm=max_grad_norm,
@@ -71,6 +79,27 @@ def build_runner(
     if plan.seed is not None:
         seed_data_rank(plan.seed, runner.data_rank)
     return runner
+
+
+def _accumulation(
+    plan: Plan,
+    reducer: Reducer,
+    arenas: ModelArenas,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> Accumulation:
+    if plan.numerics != "world_invariant":
+        return InOrder(reducer, device)
+    assert plan.seed is not None  # the plan refuses to be made without
+    rank = 0 if group is None else dist.get_rank(group)
+    return LeafTree(
+        reducer,
+        [pair.gradients.data for pair in arenas.pairs.values()],
+        seed=plan.seed,
+        rank=rank,
+        world_size=plan.world_size,
+        leaves_of_rank=plan.accumulate,
+    )
 
 
 def _collective(function: Callable[..., Any], group: dist.ProcessGroup | None) -> Callable[..., Any] | None:

@@ -111,6 +111,16 @@ class Reducer:
         if self._backwards_left:
             self.num_overlapped += 1
 
+    def isolate(self) -> None:
+        """Leaves the present backward's gradient alone in the arenas: zeros where it did not reach.
+
+        The next backward then starts from nothing instead of adding to this one.
+        """
+        for place in self._places.values():
+            if place.index not in self._fired:
+                place.gradient.zero_()
+            place.parameter.grad = None
+
     def end_backward(self) -> None:
         """One backward (or its omission, for a microbatch that counts nothing) is over."""
         if self._backwards_left == 0:

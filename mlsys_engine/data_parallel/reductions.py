@@ -1,7 +1,7 @@
 """How a bucket of gradients is summed over ranks, and what a rank keeps for the next time.
 
-A plan's `compression` picks one from `REDUCTIONS`. All leave the SUM over ranks in the bucket; the mean is
-taken by the optimizer's step.
+A plan's algorithm for "gradients" picks one from `REDUCTIONS`. All leave the SUM over ranks in the bucket:
+the mean is taken by the optimizer's step.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from mlsys_engine.data_parallel.arenas import BucketMemory
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.plan import Plan
 
-# compression -> module:class, called with (plan, buckets, group)
-REDUCTIONS: dict[str | None, str] = {
-    None: "mlsys_engine.data_parallel.reductions:PlainReduction",
-    "bf16": "mlsys_engine.data_parallel.reductions:EncodedReduction",
-    "int8": "mlsys_engine.data_parallel.reductions:EncodedReduction",
-    "powersgd": "mlsys_engine.data_parallel.powersgd:PowerSgdReduction",
+# Algorithm -> module:class, called with (plan, buckets, group)
+REDUCTIONS = {
+    "all_reduce": "mlsys_engine.data_parallel.reductions:PlainReduction",
+    "all_reduce_tree": "mlsys_engine.data_parallel.reductions:TreeReduction",
+    "all_reduce_bf16": "mlsys_engine.data_parallel.reductions:EncodedReduction",
+    "all_reduce_int8": "mlsys_engine.data_parallel.reductions:EncodedReduction",
+    "all_reduce_powersgd": "mlsys_engine.data_parallel.powersgd:PowerSgdReduction",
 }
 POWERSGD_RANK, POWERSGD_START = "powersgd_rank", "powersgd_start_step"  # in Plan.algorithms
 
@@ -60,7 +61,7 @@ def make_reduction(
             "bf16 and int8 encode CPU tensors between hosts, in this version.",
             'Use compression="powersgd", or leave it out.',
         )
-    module, name = REDUCTIONS[plan.compression].split(":")
+    module, name = REDUCTIONS[dict(plan.algorithms)["gradients"]].split(":")
     reduction: Reduction = getattr(importlib.import_module(module), name)(plan, buckets, group)
     return reduction
 
@@ -80,6 +81,15 @@ class PlainReduction:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class TreeReduction(PlainReduction):
+    """The all-reduce in the order of the canonical tree over ranks."""
+
+    def __call__(self, bucket: BucketMemory) -> Waitable:
+        work = comm.all_reduce_tree(bucket.gradients, group=self._group, async_op=True)
+        assert work is not None
+        return work
 
 
 class EncodedReduction:

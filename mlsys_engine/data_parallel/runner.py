@@ -10,7 +10,7 @@ on dividing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import nn
 
 from mlsys_engine.data_parallel import guard, state
+from mlsys_engine.data_parallel.accumulation import Accumulation
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
+from mlsys_engine.data_parallel.invariance import refuse_changed_buffers
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.data_parallel.reductions import Reduction
 from mlsys_engine.data_parallel.statistics import StepStatistics
@@ -51,6 +53,8 @@ class DataParallelRunner:
         arenas: ModelArenas,
         reducer: Reducer,
         reduction: Reduction | None,
+        accumulation: Accumulation,
+        sum_over_ranks: Callable[..., Any] | None,
         buffers: BufferSync,
         loss: Loss | None,
         max_grad_norm: float | None,
@@ -61,7 +65,7 @@ class DataParallelRunner:
         self.reducer = reducer
         self._model, self._optimizer, self._update = model, optimizer, update
         self._arenas, self._buffers = arenas, buffers
-        self._reduction = reduction
+        self._reduction, self._accumulation, self._sum_over_ranks = reduction, accumulation, sum_over_ranks
         self._loss, self._max_grad_norm = loss, max_grad_norm
         self._causal = shifts_labels(model)
         self._group, self._device = group, device
@@ -108,21 +112,11 @@ class DataParallelRunner:
             raise
 
     def _accumulate(self, batches: Sequence[Any], clock: _Clock) -> None:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        count = torch.zeros((), dtype=torch.float64, device=self._device)
-        self.reducer.start(len(batches))
-        for batch in batches:
-            part, part_count = self._forward(batch)
-            clock.lap("forward")
-            # Where the count is at hand, a microbatch that counts nothing needs no backward: its gradient is
-            # 0.
-            if part_count.device.type != "cpu" or part_count.item() > 0:
-                part.backward()
-            self.reducer.end_backward()
-            loss_sum += part.detach()
-            count += part_count
-            clock.lap("backward")
-        self._statistics.fill(loss_sum, count, self.reducer.used, self._buffers.changed())
+        loss_sum, count = self._accumulation.run(batches, self._forward, clock.lap)
+        changed = self._buffers.changed()
+        if self.plan.numerics == "world_invariant" and any(changed):
+            raise refuse_changed_buffers()
+        self._statistics.fill(loss_sum, count, self.reducer.used, changed)
 
     def _reduce(self, clock: _Clock) -> None:
         # The same order of collectives on every rank: buckets, statistics, running statistics, other buffers.
@@ -170,7 +164,8 @@ class DataParallelRunner:
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU.
 
-        A compressed reduction adds "reduction", which is this rank's alone.
+        A compressed reduction adds "reduction", which is this rank's alone; world-invariant numerics add
+        "accumulation", the same on every rank.
         """
         result = {
             "model": state.model_state(self._model, full),
@@ -178,6 +173,8 @@ class DataParallelRunner:
         }
         if self._reduction is not None and (own := self._reduction.state_dict()):
             result["reduction"] = state.copied(own) if full else own
+        if shared := self._accumulation.state_dict():
+            result["accumulation"] = shared
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -186,7 +183,8 @@ class DataParallelRunner:
         Without "optimizer" only the model is loaded, for weights that come from elsewhere. Without
         "reduction" a compressed reduction starts anew.
         """
-        if unexpected := state_dict.keys() - {"model", "optimizer", "reduction"} or "model" not in state_dict:
+        known = {"model", "optimizer", "reduction", "accumulation"}
+        if unexpected := state_dict.keys() - known or "model" not in state_dict:
             raise CheckpointError(
                 f"A state dictionary with the keys {sorted(state_dict)[:5]}.",
                 'A runner\'s state has "model" and, to go on training, "optimizer".',
@@ -197,6 +195,7 @@ class DataParallelRunner:
             state.load_optimizer_state(self._optimizer, self._model, state_dict["optimizer"])
             if self._reduction is not None and self._reduction.state_dict():
                 self._reduction.load_state_dict(state_dict.get("reduction", {}))
+            self._accumulation.load_state_dict(state_dict.get("accumulation", {}))
 
     def close(self) -> None:
         """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards."""
@@ -210,7 +209,7 @@ class DataParallelRunner:
         return loss_sum_and_count(output, batch, self._loss, causal=self._causal)
 
     def _all_reduce(self, tensor: torch.Tensor) -> dist.Work | None:
-        return None if self._group is None else dist.all_reduce(tensor, group=self._group, async_op=True)
+        return None if self._sum_over_ranks is None else self._sum_over_ranks(tensor)
 
 
 class _Clock:

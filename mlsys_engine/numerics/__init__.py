@@ -4,7 +4,7 @@ from mlsys_engine.numerics.call import call_model, num_samples, to_device
 from mlsys_engine.numerics.clip import GradientScale, gradient_scale
 from mlsys_engine.numerics.loss import Loss, loss_sum_and_count, shifts_labels
 from mlsys_engine.numerics.modes import numerics_mode
-from mlsys_engine.numerics.rng import derived_seed, seed_data_rank
+from mlsys_engine.numerics.rng import derived_seed, seed_data_rank, seed_leaf
 from mlsys_engine.numerics.tree_sum import TreeSum
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "num_samples",
     "numerics_mode",
     "seed_data_rank",
+    "seed_leaf",
     "shifts_labels",
     "to_device",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
@@ -19,3 +21,13 @@ def seed_data_rank(seed: int, data_rank: int) -> None:
     Called by apply when the plan has a seed, after the model's weights agree on all ranks.
     """
     torch.manual_seed(derived_seed(seed, "data_rank", data_rank))
+
+
+def seed_leaf(seed: int, step: int, leaf: int) -> None:
+    """Seeds python's, numpy's and torch's generators for one leaf of a step's canonical tree.
+
+    So dropout depends on the step and on the piece of the global batch, not on the rank that computes it.
+    """
+    torch.manual_seed(derived_seed(seed, "leaf", step, leaf))
+    random.seed(derived_seed(seed, "leaf", step, leaf, "python"))
+    np.random.seed(derived_seed(seed, "leaf", step, leaf, "numpy") % 2**32)

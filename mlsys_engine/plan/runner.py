@@ -57,7 +57,7 @@ class Runner(Protocol):
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """`{"model": {fqn: tensor}, "optimizer": {"state": {fqn: {name: value}}, "param_groups": []}}`.
 
-        May hold "reduction" besides, which is this rank's alone.
+        May hold "reduction" besides, which is this rank's alone, and "accumulation", the same on every rank.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

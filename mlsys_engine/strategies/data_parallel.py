@@ -12,14 +12,16 @@ from torch import nn
 from mlsys_engine.comm.launch import World
 from mlsys_engine.data_parallel.buckets import layout_buckets
 from mlsys_engine.data_parallel.build import build_runner
-from mlsys_engine.data_parallel.reductions import POWERSGD_RANK, POWERSGD_START, REDUCTIONS
+from mlsys_engine.data_parallel.invariance import LEAVES, check_leaves, refuse_variants
+from mlsys_engine.data_parallel.reductions import POWERSGD_RANK, POWERSGD_START
 from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.numerics import Loss
 from mlsys_engine.plan import SHARD_LEVELS, SYNC_MODES, Bucket, MeshAxis, Plan, Runner
 from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions
 from mlsys_engine.trace import Trace
 
-_COMPRESSIONS = tuple(REDUCTIONS)
+_COMPRESSIONS = (None, "bf16", "int8", "powersgd")
+_VIRTUAL_SHARDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,14 @@ class DataParallel:
     """Rank of the two thin matrices that stand for each gradient matrix under "powersgd"; None: 2."""
     powersgd_start_step: int | None = None
     """Steps of plain all-reduce before "powersgd" begins: at least 2, often a tenth of all; None: 100."""
+    virtual_shards: int | None = None
+    """Pieces of each global batch, the same at any number of ranks, under "world_invariant"; None: 8."""
 
     def __post_init__(self) -> None:
         _check("shard", self.shard, SHARD_LEVELS, ("none",))
         _check("sync", self.sync, SYNC_MODES, ("step",))
         _check("compression", self.compression, _COMPRESSIONS, _COMPRESSIONS)
+        _check_count("virtual_shards", self.virtual_shards, 1)
         self._check_powersgd("powersgd_rank", 1)
         self._check_powersgd("powersgd_start_step", 2)
         if isinstance(self.bucket_mib, bool) or not self.bucket_mib > 0:
@@ -64,12 +69,7 @@ class DataParallel:
                 f'{field} is a setting of compression="powersgd" and would have no effect.',
                 f"Leave {field} out.",
             )
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(
-                f"DataParallel({field}={value!r}).",
-                f"It is a whole number of at least {least}.",
-                f"Leave {field} out for the usual one.",
-            )
+        _check_count(field, value, least)
 
     def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
         """The buckets of the model's trainable parameters, and the options. Needs no ranks."""
@@ -79,14 +79,9 @@ class DataParallel:
                 'DataParallel runs the model in its own dtype, which is precision="fp32", in this version.',
                 'Use "fp32".',
             )
-        if options.numerics == "world_invariant":
-            raise ConfigError(
-                'numerics="world_invariant".',
-                "DataParallel sums over ranks in an order that depends on their number, in this version.",
-                'Use "reproducible" for the same bits from the same configuration.',
-            )
         buckets = layout_buckets(trace, self.bucket_mib)
         self._check_compressible(buckets)
+        leaves = self._leaves(buckets, world_size, options)
         return Plan(
             strategy=self.name,
             mesh=(MeshAxis(name="data", size=world_size),),
@@ -96,22 +91,41 @@ class DataParallel:
             sync=self.sync,
             compression=self.compression,
             algorithms=(
-                ("accumulation", "in_order"),  # a rank's microbatches
-                ("gradients", self._gradient_algorithm),  # of each bucket over ranks, in the gradients' dtype
+                ("accumulation", "tree" if leaves else "in_order"),  # a rank's microbatches
+                # of each bucket over ranks, in the gradients' dtype
+                ("gradients", f"all_reduce_{'tree' if leaves else self.compression or ''}".rstrip("_")),
                 ("mean", "scaled_step"),  # the sum times one float64 factor, while stepping
+                *(((LEAVES, str(leaves)),) if leaves else ()),
                 *self._powersgd_settings(),
             ),
             activation=tuple(options.activation.items()),
             precision=options.precision,
-            accumulate=options.accumulate,
+            accumulate=leaves // world_size if leaves else options.accumulate,
             numerics=options.numerics,
             compile=options.compile,
             seed=options.seed,
         )
 
-    @property
-    def _gradient_algorithm(self) -> str:
-        return "all_reduce" if self.compression is None else f"all_reduce_{self.compression}"
+    def _leaves(self, buckets: Sequence[Bucket], world_size: int, options: PlanOptions) -> int:
+        """Leaves of the canonical tree, 0 without one; raises ConfigError for what cannot honour it."""
+        if options.numerics != "world_invariant":
+            if self.virtual_shards is not None:
+                raise ConfigError(
+                    f"DataParallel(virtual_shards={self.virtual_shards}) with numerics={options.numerics!r}.",
+                    'It is a setting of numerics="world_invariant" and would have no effect.',
+                    "Leave virtual_shards out, or ask for those numerics.",
+                )
+            return 0
+        leaves = self.virtual_shards or _VIRTUAL_SHARDS
+        check_leaves(leaves, world_size)
+        refuse_variants(
+            buckets,
+            compression=self.compression,
+            accumulate=options.accumulate,
+            compile=options.compile,
+            seed=options.seed,
+        )
+        return leaves
 
     def _powersgd_settings(self) -> tuple[tuple[str, str], ...]:
         if self.compression != "powersgd":
@@ -164,4 +178,14 @@ def _check(field: str, value: str | None, known: Sequence[str | None], built: Se
         f"DataParallel({field}={value!r}).",
         f"{field} is one of {', '.join(repr(name) for name in known)}.",
         did_you_mean(str(value), [str(name) for name in known]),
+    )
+
+
+def _check_count(field: str, value: object, least: int) -> None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        return
+    raise ConfigError(
+        f"DataParallel({field}={value!r}).",
+        f"It is a whole number of at least {least}.",
+        f"Leave {field} out for the usual one.",
     )

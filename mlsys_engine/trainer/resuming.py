@@ -25,6 +25,7 @@ class TrainingState:
     schedule: Schedule
     batches: GlobalBatches
     plan_hash: str
+    world_invariant: bool
     seed: int
     world: World
 
@@ -56,6 +57,12 @@ class TrainingState:
             rng_state.restore(contents.own)
         else:
             rng_state.seed_generators(self.seed, self.runner.data_rank, step)
+            if self.world_invariant and _leaves(contents.runner_state()) == _leaves(self.runner.state_dict()):
+                notes.append(
+                    f"It was saved by {loaded.marker.world_size} ranks and goes on with "
+                    f"{self.world.world_size}, with the losses that it would have had there."
+                )
+                return step, notes
             notes.append(
                 f"It was saved by {loaded.marker.world_size} ranks and goes on with {self.world.world_size}: "
                 "model, optimizer, schedule and data position are restored; random numbers (dropout) are "
@@ -83,6 +90,11 @@ class TrainingState:
         if saved_seed != self.seed:
             notes.append(f"seed={self.seed} has no effect: the data order goes on with seed {saved_seed}.")
         return notes
+
+
+def _leaves(runner_state: dict[str, Any]) -> Any:
+    """How many leaves the tree of a world-invariant runner has in all."""
+    return runner_state.get("accumulation", {}).get("leaves_in_all")
 
 
 def find_checkpoint(options: FitOptions, run_dir: Path, *, run_dir_given: bool) -> Path | None:

@@ -92,6 +92,9 @@ class Trainer:
             "activation": activation,
             "numerics": numerics,
             "compile": compile,
+            "seed": seed
+            if numerics == "world_invariant"
+            else None,  # else the trainer seeds each rank itself
         }
         self._callbacks, self._trackers = Callbacks(callbacks), tuple(trackers)
         self._run_dir = None if run_dir is None else Path(run_dir)
@@ -175,20 +178,22 @@ class Trainer:
             train_loader,
             data_rank=runner.data_rank,
             num_data_shards=runner.num_data_shards,
-            accumulate=self._accumulate,
+            accumulate=plan.accumulate,
             seed=self._seed,
+            fixed_pieces=plan.numerics == "world_invariant",
         )
         state = resuming.TrainingState(
             runner=runner,
             schedule=Schedule(self._lr_schedule, runner.optimizer),
             batches=batches,
             plan_hash=plan.hash,
+            world_invariant=plan.numerics == "world_invariant",
             seed=self._seed,
             world=world,
         )
         run = self._open_run(world, options)
         rng_state.seed_generators(self._seed, runner.data_rank)
-        step, notes = 0, [f"Run {run.id} in {run.folder}", str(plan), _batch_sizes(batches, self._accumulate)]
+        step, notes = 0, [f"Run {run.id} in {run.folder}", str(plan), _batch_sizes(batches, plan.accumulate)]
         notes += _into_train_mode(self._model)
         if run.checkpoint is not None:
             step, differences = state.restore(run.checkpoint)

@@ -62,7 +62,7 @@ def test_settings_that_are_not_built_or_not_known_are_refused_when_it_is_made(se
     [
         ({"precision": "bf16"}, 'Use "fp32"'),
         ({"precision": "fp8"}, "precision='fp8'"),
-        ({"numerics": "world_invariant"}, 'Use "reproducible"'),
+        ({"numerics": "world_invariant", "seed": 0}, "onto 1, 2, 4, 8 ranks"),
         ({"numerics": "slow"}, "numerics='slow'"),
         ({"accumulate": 0}, "accumulate=0"),
         ({"accumulate": 1.5}, "accumulate=1.5"),

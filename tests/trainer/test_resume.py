@@ -121,6 +121,25 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(
     torch.testing.assert_close(list((before | after).values()), list(whole.values()), rtol=1e-4, atol=0.0)
 
 
+def _train_invariant(rank: int, world_size: int, run_dir: str, max_steps: int) -> dict[int, float]:
+    losses = Losses()
+    trainer = make_trainer(run_dir, losses, numerics="world_invariant", max_grad_norm=0.5, seed=3)
+    trainer.fit(make_loader(), max_steps=max_steps, save_every=100)
+    return losses.by_step
+
+
+def test_under_world_invariant_numerics_another_number_of_ranks_goes_on_bit_for_bit(
+    tmp_path: Path, run_ranks: Any
+) -> None:
+    whole = run_ranks(_train_invariant, 1, str(tmp_path / "whole"), 18)[0]
+    parts: dict[int, float] = {}
+    for world_size, max_steps in ((2, 5), (4, 11), (1, 18)):  # step 8 and 16 end an epoch with half a batch
+        outcomes = run_ranks(_train_invariant, world_size, str(tmp_path / "parts"), max_steps)
+        assert outcomes == [outcomes[0]] * world_size
+        parts |= outcomes[0]
+    assert parts == whole
+
+
 def test_another_number_of_ranks_is_said_plainly(
     tmp_path: Path, run_ranks: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
