@@ -26,18 +26,38 @@ void Executor::submit(Task task, bool caller_will_wait) {
     return;
   }
   if (run_here) {
-    state.busy = true;
-    state.runner = std::this_thread::get_id();
+    state.take_turn();
     run_next(state, lock);
-    state.busy = false;
-    state.runner = {};
-    lock.unlock();
-    state.changed.notify_all();
+    state.end_turn();
     return;
   }
   if (!thread_.joinable()) thread_ = std::thread(work, state_);
   lock.unlock();
-  state.changed.notify_all();
+  state.work.notify_one();
+}
+
+void Executor::State::take_turn() {
+  busy = true;
+  runner = std::this_thread::get_id();
+}
+
+void Executor::State::end_turn() {
+  busy = false;
+  runner = {};
+  if (!queue.empty()) work.notify_one();
+  if (num_closing != 0) idle.notify_all();
+}
+
+bool Executor::take_turn() {
+  const std::lock_guard lock(state_->mutex);
+  if (state_->closed || state_->busy || !state_->queue.empty()) return false;
+  state_->take_turn();
+  return true;
+}
+
+void Executor::end_turn() {
+  const std::lock_guard lock(state_->mutex);
+  state_->end_turn();
 }
 
 bool Executor::close(std::chrono::milliseconds grace) {
@@ -45,7 +65,10 @@ bool Executor::close(std::chrono::milliseconds grace) {
   std::unique_lock lock(state.mutex);
   state.closed = true;
   if (state.busy && state.runner == std::this_thread::get_id()) return state.queue.empty();
-  return state.changed.wait_for(lock, grace, [&] { return state.queue.empty() && !state.busy; });
+  ++state.num_closing;
+  const bool finished = state.idle.wait_for(lock, grace, [&] { return state.queue.empty() && !state.busy; });
+  --state.num_closing;
+  return finished;
 }
 
 void Executor::stop(std::exception_ptr reason) {
@@ -57,7 +80,7 @@ void Executor::stop(std::exception_ptr reason) {
     state.reason = reason;
     refused.swap(state.queue);
   }
-  state.changed.notify_all();
+  state.work.notify_all();
   for (Task& task : refused) task(reason);
   join();
 }
@@ -78,14 +101,11 @@ void Executor::work(const std::shared_ptr<State>& shared) {
   State& state = *shared;
   std::unique_lock lock(state.mutex);
   while (true) {
-    state.changed.wait(lock, [&] { return state.stopping || (!state.queue.empty() && !state.busy); });
+    state.work.wait(lock, [&] { return state.stopping || (!state.queue.empty() && !state.busy); });
     if (state.stopping) return;
-    state.busy = true;
-    state.runner = std::this_thread::get_id();
+    state.take_turn();
     run_next(state, lock);
-    state.busy = false;
-    state.runner = {};
-    state.changed.notify_all();
+    state.end_turn();
   }
 }
 
@@ -94,7 +114,7 @@ void Executor::join() {
     std::unique_lock lock(state_->mutex);
     state_->closed = state_->stopping = true;
   }
-  state_->changed.notify_all();
+  state_->work.notify_all();
   if (!thread_.joinable()) return;
   if (thread_.get_id() == std::this_thread::get_id()) {
     thread_.detach();  // the last owner of the group was a task of its own; the thread ends after that task

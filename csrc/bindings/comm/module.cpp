@@ -3,8 +3,8 @@
 #include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "bindings/comm/direct.h"
 #include "bindings/comm/failures.h"
-#include "bindings/comm/process_group.h"
 #include "bindings/comm/store_adapter.h"
 
 namespace py = pybind11;
@@ -33,9 +33,8 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
   options.locality = std::move(locality);
   options.job_key = std::move(job_key);
   options.report = [place = "mlsys: rank " + std::to_string(options.global_ranks[static_cast<size_t>(rank)]) +
-                            ", group " + options.group_name + ": "](const std::string& line) {
-    LOG(WARNING) << place << line;
-  };
+                            ", group " + options.group_name +
+                            ": "](const std::string& line) { LOG(WARNING) << place << line; };
   return c10::make_intrusive<ProcessGroupMlsys>(
       std::make_shared<Membership>(adapt_store(store), std::move(options)));
 }
@@ -63,9 +62,9 @@ PYBIND11_MODULE(_comm, m) {
 
   py::class_<Farewell>(m, "Farewell").def("say", &Farewell::say, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<ProcessGroupMlsys, c10::intrusive_ptr<ProcessGroupMlsys>>(m, "ProcessGroupMlsys",
-                                                                       c10d.attr("Backend"))
-      .def("counters", &counters)
+  ProcessGroupClass process_group(m, "ProcessGroupMlsys", c10d.attr("Backend"));
+  define_direct_calls(process_group);
+  process_group.def("counters", &counters)
       .def(
           "poison",
           [](ProcessGroupMlsys& group, const std::string& cause) {

@@ -2,13 +2,13 @@
 
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
-#include <Python.h>
 #include <c10/util/ParallelGuard.h>
 
 #include <optional>
 #include <utility>
 
 #include "bindings/comm/failures.h"
+#include "bindings/comm/gil.h"
 #include "bindings/comm/tensors.h"
 #include "bindings/comm/work.h"
 
@@ -17,27 +17,13 @@ namespace {
 
 using std::chrono::milliseconds;
 
-// Leaving joins threads that may need the GIL to drop a tensor, so whoever waits must not hold it.
-class WithoutGil {
- public:
-  WithoutGil() : state_(Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-  ~WithoutGil() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-  }
-
- private:
-  PyThreadState* state_;
-};
-
 // A copy in a body must not open a second OpenMP pool on the worker's thread, nor record gradients.
 struct SerialNoGrad {
   at::NoGradGuard no_grad;
   c10::ParallelGuard serial{true};
 };
 
-void check_contiguous(const at::Tensor& tensor, const std::string& where) {
+void check_contiguous(const at::Tensor& tensor, const Where& where) {
   if (tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg()) return;
   throw Refused(where + " was given a tensor that is not contiguous.",
                 "Tensors must be contiguous to be sent or received.", "Call .contiguous() first.");
@@ -53,27 +39,22 @@ ProcessGroupMlsys::ProcessGroupMlsys(std::shared_ptr<Membership> membership)
 }
 
 ProcessGroupMlsys::~ProcessGroupMlsys() {
-  const WithoutGil released;
+  const WithoutGil released;  // leaving joins threads that may need the GIL to drop a tensor
   membership_->leave(milliseconds(0));
   membership_.reset();
 }
 
 void ProcessGroupMlsys::shutdown() {
-  const WithoutGil released;
+  const WithoutGil released;  // leaving joins threads that may need the GIL to drop a tensor
   membership_->leave(milliseconds(1000));
 }
 
 void ProcessGroupMlsys::abort() {
-  const WithoutGil released;
+  const WithoutGil released;  // leaving joins threads that may need the GIL to drop a tensor
   membership_->leave(milliseconds(0));
 }
 
-std::string ProcessGroupMlsys::where(const char* name) const {
-  return "rank " + std::to_string(membership_->global_rank()) + ", " + name + " of group " +
-         membership_->options().group_name;
-}
-
-int ProcessGroupMlsys::checked_root(int64_t root, const std::string& where) const {
+int ProcessGroupMlsys::checked_root(int64_t root, const Where& where) const {
   if (root >= 0 && root < getSize()) return static_cast<int>(root);
   throw Refused(where + " was given root " + std::to_string(root) + ".",
                 "The group has ranks 0 to " + std::to_string(getSize() - 1) + ".", "Name one of them.");
@@ -83,9 +64,9 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::enqueue(const Call& call, const st
                                                       std::vector<at::Tensor> outputs, milliseconds timeout,
                                                       bool async, Body body) {
   const uint64_t sequence = ++issued_;
-  auto work =
-      c10::make_intrusive<CollectiveWork>(getRank(), call.type, call.profile_title, inputs,
-                                          std::move(outputs), Place{call.name, sequence, where(call.name)});
+  auto work = c10::make_intrusive<CollectiveWork>(getRank(), call.type, call.profile_title, inputs,
+                                                  std::move(outputs),
+                                                  Place{call.name, sequence, where(call.name).words()});
   const milliseconds limit = timeout > milliseconds(0) ? timeout : milliseconds(timeout_ms_);
   // The task keeps the communicator's owner by a plain reference: the membership outlives its executor's
   // tasks.
@@ -117,7 +98,7 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::send(std::vector<at::Tensor>& tens
   auto request =
       membership_->communicator().send(tensor.const_data_ptr(), bytes, checked_root(destination, here), tag);
   return c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor,
-                                               Place{kCall.name, ++messages_, here},
+                                               Place{kCall.name, ++messages_, here.words()},
                                                milliseconds(timeout_ms_), std::move(request));
 }
 
@@ -129,8 +110,8 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::receive(const Call& call, std::vec
   const size_t bytes = tensor.numel() * tensor.element_size();
   auto request = membership_->communicator().recv(tensor.mutable_data_ptr(), bytes, source, tag);
   return c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor,
-                                               Place{call.name, ++messages_, here}, milliseconds(timeout_ms_),
-                                               std::move(request));
+                                               Place{call.name, ++messages_, here.words()},
+                                               milliseconds(timeout_ms_), std::move(request));
 }
 
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::recv(std::vector<at::Tensor>& tensors, int source, int tag) {
@@ -158,7 +139,8 @@ at::Tensor ProcessGroupMlsys::allocateTensor(long size, at::TensorOptions option
   try {
     memory = membership_->communicator().allocate(bytes);
   } catch (const std::bad_alloc& e) {
-    TORCH_WARN(here, ": ", e.what(), "; private memory is used instead, which costs each collective a copy.");
+    TORCH_WARN(here.words(), ": ", e.what(),
+               "; private memory is used instead, which costs each collective a copy.");
     return at::zeros({size}, options);
   }
   auto* data = memory.get();

@@ -5,6 +5,8 @@
 // what is not overridden here raises with its name, as c10d::Backend does.
 #pragma once
 
+#include <c10/util/FunctionRef.h>
+
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -14,6 +16,7 @@
 
 #include "bindings/comm/bodies.h"
 #include "bindings/comm/membership.h"
+#include "bindings/comm/where.h"
 
 namespace mlsys::binding {
 
@@ -83,18 +86,27 @@ class ProcessGroupMlsys final : public c10d::Backend {
 
   const std::shared_ptr<Membership>& membership() const { return membership_; }
 
- private:
   struct Call {
     c10d::OpType type;
     const char* name;           // as in torch.distributed, for messages
     const char* profile_title;  // as the profiler shows it, "mlsys:all_reduce"
   };
+  using Posting = c10::function_ref<std::shared_ptr<comm::Request>(comm::Communicator&)>;
+  using Blocking = c10::function_ref<void(comm::Communicator&, std::chrono::milliseconds timeout)>;
 
-  std::string where(const char* name) const;
+  Where where(const char* name) const { return {membership_.get(), name}; }
+  // Runs a collective in its turn and returns when it is done, without a Work (process_group_direct.cpp).
+  // Throws what Work::wait() would. `timeout` of zero or less means the group's. Releases the GIL if the
+  // caller has it.
+  void run_now(const Call& call, at::TensorList inputs, std::chrono::milliseconds timeout, Blocking body);
+  // The same for one message: posts it and waits. Returns the sender's group rank, for a receive.
+  int message_now(const Call& call, const at::Tensor& tensor, Posting post);
+
+ private:
   WorkPtr enqueue(const Call& call, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
                   std::chrono::milliseconds timeout, bool async, Body body);
   WorkPtr receive(const Call& call, std::vector<at::Tensor>& tensors, int source, int tag);
-  int checked_root(int64_t root, const std::string& where) const;
+  int checked_root(int64_t root, const Where& where) const;
 
   std::shared_ptr<Membership> membership_;
   std::atomic<int64_t> timeout_ms_;

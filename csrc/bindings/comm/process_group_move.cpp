@@ -13,7 +13,7 @@ using WorkPtr = ProcessGroupMlsys::WorkPtr;
 
 namespace {
 
-void check_flat(const at::Tensor& output, const at::Tensor& input, int size, const std::string& where) {
+void check_flat(const at::Tensor& output, const at::Tensor& input, int size, const Where& where) {
   check_tensor(input, where);
   check_tensor(output, where);
   if (output.scalar_type() == input.scalar_type() && output.numel() == input.numel() * size) return;
@@ -23,7 +23,7 @@ void check_flat(const at::Tensor& output, const at::Tensor& input, int size, con
                 "Allocate torch.empty(world_size * input.numel(), dtype=input.dtype).");
 }
 
-void check_lists(const std::vector<Tensors>& lists, size_t count, const std::string& where) {
+void check_lists(const std::vector<Tensors>& lists, size_t count, const Where& where) {
   if (lists.size() == count) return;
   throw Refused(where + " was given " + std::to_string(lists.size()) + " lists of tensors.",
                 std::to_string(count) + " is expected here: only the root has one in gather and scatter.",
@@ -32,7 +32,7 @@ void check_lists(const std::vector<Tensors>& lists, size_t count, const std::str
 
 // One entry a rank; equal parts when none are given. Must cover dim 0 exactly.
 std::vector<int64_t> complete_splits(const at::Tensor& tensor, const std::vector<int64_t>& splits, int size,
-                                     const std::string& where) {
+                                     const Where& where) {
   check_tensor(tensor, where);
   const int64_t rows = tensor.dim() == 0 ? 0 : tensor.size(0);
   auto complete = splits.empty() ? std::vector<int64_t>(size, rows / size) : splits;

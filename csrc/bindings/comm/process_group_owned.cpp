@@ -47,14 +47,14 @@ Body all_reduce_compressed_of(at::Tensor tensor, std::optional<at::Tensor> resid
   };
 }
 
-comm::Compression compression_named(const std::string& name, const std::string& where) {
+comm::Compression compression_named(const std::string& name, const Where& where) {
   if (name == "bf16") return comm::Compression::kBFloat16;
   if (name == "int8") return comm::Compression::kInt8;
   throw Refused(where + " was given compression \"" + name + "\".", "It is \"bf16\" or \"int8\".",
                 "Use all_reduce for none.");
 }
 
-void check_residual(const at::Tensor& residual, const at::Tensor& tensor, const std::string& where) {
+void check_residual(const at::Tensor& residual, const at::Tensor& tensor, const Where& where) {
   check_tensor(residual, where);
   if (residual.scalar_type() == at::kFloat && residual.is_contiguous() &&
       residual.numel() == tensor.numel()) {

@@ -12,7 +12,7 @@ using WorkPtr = ProcessGroupMlsys::WorkPtr;
 namespace {
 
 std::vector<comm::Reduction> reductions_for(const Tensors& tensors, const c10d::ReduceOp& op,
-                                            const std::string& where) {
+                                            const Where& where) {
   std::vector<comm::Reduction> reductions;
   for (const auto& tensor : tensors) reductions.push_back(reduction_for(tensor, op, where));
   return reductions;

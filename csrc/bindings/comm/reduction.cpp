@@ -53,35 +53,38 @@ double premul_factor(const c10d::ReduceOp& op) {
 
 }  // namespace
 
-comm::Reduction reduction_for(const at::Tensor& tensor, const c10d::ReduceOp& op, const std::string& where) {
+comm::Reduction reduction_for(const at::Tensor& tensor, const c10d::ReduceOp& op, const Where& where) {
   const bool complex = tensor.is_complex();
   const auto dtype = element_type(c10::toRealValueType(tensor.scalar_type()));
-  std::ostringstream given;
-  given << where << " was given " << name_of(op.op_) << " of " << tensor.scalar_type() << ".";
+  const auto given = [&] {
+    std::ostringstream text;
+    text << where.words() << " was given " << name_of(op.op_) << " of " << tensor.scalar_type() << ".";
+    return text.str();
+  };
   if (!dtype) {
     throw Refused(
-        given.str(),
+        given(),
         "Reductions take float32, float64, float16, bfloat16, int8, uint8, int16, int32, int64, bool and "
         "complex.",
         "Convert the tensor first.");
   }
   if (op.op_ > RedOp::PREMUL_SUM) {
-    throw Refused(given.str(), "SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR and PREMUL_SUM are known.",
+    throw Refused(given(), "SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR and PREMUL_SUM are known.",
                   "Use one of them.");
   }
   const bool scaled = op.op_ == RedOp::AVG || op.op_ == RedOp::PREMUL_SUM;
   if (complex && !scaled && op.op_ != RedOp::SUM) {
-    throw Refused(given.str(), "Complex numbers are summed or averaged: those work part by part.",
+    throw Refused(given(), "Complex numbers are summed or averaged: those work part by part.",
                   "Use SUM, AVG or PREMUL_SUM, or reduce torch.view_as_real of the tensor.");
   }
   const bool floating = complex || at::isFloatingType(tensor.scalar_type());
   const bool bitwise = op.op_ == RedOp::BAND || op.op_ == RedOp::BOR || op.op_ == RedOp::BXOR;
   if (bitwise && floating) {
-    throw Refused(given.str(), "Bitwise operations need integers or bool.",
+    throw Refused(given(), "Bitwise operations need integers or bool.",
                   "Use MIN or MAX, or view the bits as int.");
   }
   if (scaled && !floating) {
-    throw Refused(given.str(),
+    throw Refused(given(),
                   "AVG and PREMUL_SUM need a floating dtype, since integers would lose the fraction.",
                   "Use SUM and divide.");
   }

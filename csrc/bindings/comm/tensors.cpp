@@ -16,7 +16,7 @@ bool in_logical_order(const at::Tensor& tensor) {
 
 }  // namespace
 
-void check_tensor(const at::Tensor& tensor, const std::string& where) {
+void check_tensor(const at::Tensor& tensor, const Where& where) {
   if (!tensor.defined()) {
     throw Refused(where + " was given an undefined tensor.", "A tensor is needed.", "Allocate it first.");
   }
@@ -27,18 +27,18 @@ void check_tensor(const at::Tensor& tensor, const std::string& where) {
   }
   if (tensor.layout() != at::kStrided) {
     std::ostringstream given;
-    given << where << " was given a tensor of layout " << tensor.layout() << ".";
+    given << where.words() << " was given a tensor of layout " << tensor.layout() << ".";
     throw Refused(given.str(),
                   "Only all_reduce takes sparse tensors (COO, op SUM); the rest need strided ones.",
                   "Call .to_dense() first.");
   }
 }
 
-void check_tensors(const std::vector<at::Tensor>& tensors, const std::string& where) {
+void check_tensors(const std::vector<at::Tensor>& tensors, const Where& where) {
   for (const auto& tensor : tensors) check_tensor(tensor, where);
 }
 
-const at::Tensor& the_one(const std::vector<at::Tensor>& tensors, const std::string& where) {
+const at::Tensor& the_one(const std::vector<at::Tensor>& tensors, const Where& where) {
   if (tensors.size() != 1) {
     throw Refused(where + " was given " + std::to_string(tensors.size()) + " tensors.",
                   "One tensor a process is expected.",
@@ -49,7 +49,7 @@ const at::Tensor& the_one(const std::vector<at::Tensor>& tensors, const std::str
 }
 
 void check_alike(const at::Tensor& like, const std::vector<at::Tensor>& others, size_t count,
-                 const std::string& where) {
+                 const Where& where) {
   if (others.size() != count) {
     throw Refused(where + " was given a list of " + std::to_string(others.size()) + " tensors.",
                   "The list needs one tensor for each of the " + std::to_string(count) + " ranks.",
@@ -59,14 +59,14 @@ void check_alike(const at::Tensor& like, const std::vector<at::Tensor>& others, 
     check_tensor(other, where);
     if (other.scalar_type() == like.scalar_type() && other.numel() == like.numel()) continue;
     std::ostringstream given;
-    given << where << " was given tensors of " << like.scalar_type() << like.sizes() << " and "
+    given << where.words() << " was given tensors of " << like.scalar_type() << like.sizes() << " and "
           << other.scalar_type() << other.sizes() << ".";
     throw Refused(given.str(), "All tensors of one call need the same dtype and number of elements.",
                   "Pad them to one size, or use all_to_all, whose sizes may differ.");
   }
 }
 
-void check_parts(const at::Tensor& part, const at::Tensor& flat, int size, const std::string& where) {
+void check_parts(const at::Tensor& part, const at::Tensor& flat, int size, const Where& where) {
   check_tensor(part, where);
   check_tensor(flat, where);
   if (flat.scalar_type() == part.scalar_type() && flat.numel() == part.numel() * size) return;

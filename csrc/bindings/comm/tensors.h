@@ -3,24 +3,25 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <string>
 #include <vector>
+
+#include "bindings/comm/where.h"
 
 namespace mlsys::binding {
 
 // Throws Refused for tensors on other devices and for layouts without one block of memory. `where` names rank
 // and operation.
-void check_tensor(const at::Tensor& tensor, const std::string& where);
-void check_tensors(const std::vector<at::Tensor>& tensors, const std::string& where);
+void check_tensor(const at::Tensor& tensor, const Where& where);
+void check_tensors(const std::vector<at::Tensor>& tensors, const Where& where);
 // Throws Refused unless `tensors` is one tensor, as c10d has called backends since it dropped several devices
 // a process; returns it checked.
-const at::Tensor& the_one(const std::vector<at::Tensor>& tensors, const std::string& where);
+const at::Tensor& the_one(const std::vector<at::Tensor>& tensors, const Where& where);
 // Throws Refused unless `others` are as many as `count`, of the dtype and number of elements of `like`.
 void check_alike(const at::Tensor& like, const std::vector<at::Tensor>& others, size_t count,
-                 const std::string& where);
+                 const Where& where);
 
 // Throws Refused unless `flat` holds exactly one `part` for each of `size` ranks.
-void check_parts(const at::Tensor& part, const at::Tensor& flat, int size, const std::string& where);
+void check_parts(const at::Tensor& part, const at::Tensor& flat, int size, const Where& where);
 
 // The tensor itself when its memory is in logical order, else a copy (with the values, for inputs).
 at::Tensor dense_input(const at::Tensor& tensor);
