@@ -197,6 +197,11 @@ class Communicator {
   virtual Counters counters() const = 0;
   // One line in words: which ranks share memory, which go over TCP.
   virtual std::string describe_transports() const = 0;
+  // Throws what a wait would throw now: PeerFailed or Mismatch once the group has failed. Does not connect.
+  virtual void expect_healthy() const = 0;
+  // `callback` is called once when the group fails, on the watch thread (here, if it has failed already). It
+  // must be short and must not throw. Replaces an earlier one. Needs a first operation to notice anything.
+  virtual void on_failure(std::function<void()> callback) = 0;
   // Tells all ranks, at once, that this rank fails for `cause`; their waits throw PeerFailed naming it.
   virtual void poison(const std::string& cause) = 0;
   // Orderly end: waits for nothing, joins the threads, closes sockets. Idempotent; also run by the

@@ -75,7 +75,8 @@ Links& Engine::links() {
           store_, options_, [this] { return shut_down_.load(std::memory_order_acquire); },
           [this] {
             if (Messenger* m = messenger()) m->start();
-          });
+          },
+          [this] { tell_of_failure(); });
     } catch (...) {
       connect_failure_ = std::current_exception();
       throw;
@@ -227,6 +228,32 @@ std::string Engine::describe_transports() const {
   return l->topology.num_hosts() == 1
              ? text
              : text + "; TCP between these " + std::to_string(l->topology.num_hosts()) + " hosts";
+}
+
+void Engine::expect_healthy() const {
+  expect_open();
+  if (const Links* l = connected_.load(std::memory_order_acquire); l != nullptr && l->faults != nullptr) {
+    l->faults->check();
+  }
+}
+
+void Engine::on_failure(std::function<void()> callback) {
+  {
+    const std::lock_guard lock(telling_);
+    on_failure_ = std::move(callback);
+  }
+  // Set before the record is read: either this finds the failure, or the watch thread finds the callback.
+  const Links* l = connected_.load(std::memory_order_acquire);
+  if (l != nullptr && l->faults != nullptr && l->faults->poisoned()) tell_of_failure();
+}
+
+void Engine::tell_of_failure() {
+  std::function<void()> callback;
+  {
+    const std::lock_guard lock(telling_);
+    callback.swap(on_failure_);
+  }
+  if (callback) callback();
 }
 
 void Engine::poison(const std::string& cause) {

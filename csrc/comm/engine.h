@@ -53,6 +53,8 @@ class Engine final : public Communicator {
   uint64_t sequence() const override { return sequence_.load(std::memory_order_relaxed); }
   Counters counters() const override;
   std::string describe_transports() const override;
+  void expect_healthy() const override;
+  void on_failure(std::function<void()> callback) override;
   void poison(const std::string& cause) override;
   void shutdown() override;
 
@@ -75,6 +77,8 @@ class Engine final : public Communicator {
   // The sizes that this rank sends to the ranks of its host.
   std::vector<uint64_t> published_sizes(const std::function<size_t(int)>& send_bytes);
   Links& links();
+  // Calls what on_failure() was given, unless that happened before.
+  void tell_of_failure();
   // Null once shut down.
   Messenger* messenger();
   // Offset in this process's arena, or Descriptor::kNoOffset.
@@ -98,6 +102,8 @@ class Engine final : public Communicator {
   std::mutex running_;            // held by a collective, so that shutdown() closes nothing under it
   mutable std::mutex messaging_;  // guards messenger_
   std::unique_ptr<Messenger> messenger_;
+  std::mutex telling_;  // guards on_failure_
+  std::function<void()> on_failure_;
   std::atomic<uint64_t> sequence_{0};
   LiveCounters live_;
 };

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mlsys_engine.comm.accelerator import nccl_maker
 from mlsys_engine.comm.environment import job_key, locality
 from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
 from mlsys_engine.native import load_comm
@@ -19,11 +20,12 @@ NAME = "mlsys"
 def register() -> None:
     """Makes `init_process_group("mlsys")` known; opens nothing and loads nothing. Idempotent."""
     if NAME not in dist.Backend.backend_list:
-        # One name and one object for both device types: the object refuses CUDA tensors itself, in words.
+        # One name and one object for both device types, because torch keeps one custom backend in a group:
+        # the object itself passes CUDA tensors on to NCCL, or refuses them in words.
         dist.Backend.register_backend(NAME, create_group, extended_api=True, devices=["cpu", "cuda"])
 
 
-def create_group(options: Any, _backend_options: Any) -> Any:
+def create_group(options: Any, backend_options: Any) -> Any:
     """Called by torch for each new group with its rendezvous store; connects to nobody yet."""
     put_buckets_into_the_arena()
     ranks: Sequence[int] = list(options.global_ranks_in_group) or range(options.group_size)
@@ -40,6 +42,7 @@ def create_group(options: Any, _backend_options: Any) -> Any:
         global_ranks=list(ranks),
         locality=locality(ranks),
         job_key=job_key() or _agreed_key(options.store, options.group_rank),
+        make_accelerator=nccl_maker(options, backend_options, ranks),
     )
     # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
     atexit.register(group.farewell().say)

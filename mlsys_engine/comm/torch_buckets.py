@@ -10,7 +10,6 @@ import functools
 import os
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -43,5 +42,5 @@ def _allocating_from_native_groups(initialise: Any) -> Any:
 
 
 def _all_native(*infos: FSDPMeshInfo | None) -> bool:
-    groups: list[dist.ProcessGroup] = [info.shard_process_group for info in infos if info is not None]
-    return all(is_native(group) for group in groups)
+    given = [info for info in infos if info is not None]
+    return all(info.mesh.device_type == "cpu" and is_native(info.shard_process_group) for info in given)

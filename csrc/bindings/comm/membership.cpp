@@ -7,10 +7,12 @@
 
 namespace mlsys::binding {
 
-Membership::Membership(std::shared_ptr<InterruptibleStore> store, comm::Options options)
+Membership::Membership(std::shared_ptr<InterruptibleStore> store, comm::Options options,
+                       c10::DeviceType accelerator_type, Accelerator::Maker make_accelerator)
     : options_(std::move(options)),
       store_(std::move(store)),
-      communicator_(comm::Communicator::create(store_, options_)) {}
+      communicator_(comm::Communicator::create(store_, options_)),
+      accelerator_(accelerator_type, std::move(make_accelerator)) {}
 
 Membership::~Membership() { leave(std::chrono::milliseconds(0)); }
 
@@ -24,7 +26,8 @@ void Membership::leave(std::chrono::milliseconds grace) {
   std::unique_lock lock(leaving_);
   if (left_) return;
   left_ = true;
-  if (!executor_.close(grace)) {
+  const bool finished = executor_.close(grace);
+  if (!finished) {
     store_->interrupt();
     try {
       communicator_->poison("left the group with collectives under way");
@@ -34,6 +37,7 @@ void Membership::leave(std::chrono::milliseconds grace) {
   }
   communicator_->shutdown();  // before the executor: what blocks its thread fails now
   executor_.stop(std::make_exception_ptr(std::runtime_error("the process group was shut down")));
+  accelerator_.close(finished && grace.count() > 0);  // after the watch thread, which may abort it
 }
 
 }  // namespace mlsys::binding

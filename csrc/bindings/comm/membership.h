@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "bindings/comm/accelerator.h"
 #include "bindings/comm/executor.h"
 #include "bindings/comm/interruptible_store.h"
 #include "comm/communicator.h"
@@ -14,26 +15,29 @@ namespace mlsys::binding {
 
 class Membership {
  public:
-  Membership(std::shared_ptr<InterruptibleStore> store, comm::Options options);
+  Membership(std::shared_ptr<InterruptibleStore> store, comm::Options options,
+             c10::DeviceType accelerator_type, Accelerator::Maker make_accelerator);
   Membership(const Membership&) = delete;
   Membership& operator=(const Membership&) = delete;
   ~Membership();
 
   comm::Communicator& communicator() { return *communicator_; }
   Executor& executor() { return executor_; }
+  Accelerator& accelerator() { return accelerator_; }
   const comm::Options& options() const { return options_; }
   int global_rank() const { return global_rank_of(options_.rank); }
   int global_rank_of(int group_rank) const;
 
-  // Ends the membership; idempotent, and safe from any thread and at interpreter exit. Operations under way
-  // get `grace` to finish. What is left then fails here, and the peers are told that this rank left in the
-  // middle.
+  // Ends the membership; idempotent, and safe from any thread and at interpreter exit, but not with the GIL.
+  // Operations under way get `grace` to finish. What is left then fails here, and the peers are told that
+  // this rank left in the middle. The accelerator's backend is shut down, or aborted when there is no grace.
   void leave(std::chrono::milliseconds grace);
 
  private:
   const comm::Options options_;
   std::shared_ptr<InterruptibleStore> store_;
   std::shared_ptr<comm::Communicator> communicator_;
+  Accelerator accelerator_;
   Executor executor_;
   std::mutex leaving_;
   bool left_ = false;

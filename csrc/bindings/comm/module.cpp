@@ -1,6 +1,7 @@
 // The Python module mlsys_engine.native._comm.
 #include <c10/util/Logging.h>
 #include <pybind11/chrono.h>
+#include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "bindings/comm/direct.h"
@@ -23,7 +24,8 @@ struct Farewell {
 c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
                                              std::chrono::milliseconds timeout, std::string group_name,
                                              std::vector<int> global_ranks, std::vector<int> locality,
-                                             std::string job_key) {
+                                             std::string job_key, const std::string& accelerator,
+                                             Accelerator::Maker make_accelerator) {
   comm::Options options;
   options.rank = rank;
   options.size = size;
@@ -35,8 +37,8 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
   options.report = [place = "mlsys: rank " + std::to_string(options.global_ranks[static_cast<size_t>(rank)]) +
                             ", group " + options.group_name +
                             ": "](const std::string& line) { LOG(WARNING) << place << line; };
-  return c10::make_intrusive<ProcessGroupMlsys>(
-      std::make_shared<Membership>(adapt_store(store), std::move(options)));
+  return c10::make_intrusive<ProcessGroupMlsys>(std::make_shared<Membership>(
+      adapt_store(store), std::move(options), c10::Device(accelerator).type(), std::move(make_accelerator)));
 }
 
 py::dict counters(const ProcessGroupMlsys& group) {
@@ -93,5 +95,6 @@ PYBIND11_MODULE(_comm, m) {
   });
   m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),
         py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
+        py::arg("accelerator") = "cuda", py::arg("make_accelerator") = py::none(),
         py::call_guard<py::gil_scoped_release>());
 }

@@ -60,9 +60,9 @@ int ProcessGroupMlsys::checked_root(int64_t root, const Where& where) const {
                 "The group has ranks 0 to " + std::to_string(getSize() - 1) + ".", "Name one of them.");
 }
 
-ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::enqueue(const Call& call, const std::vector<at::Tensor>& inputs,
-                                                      std::vector<at::Tensor> outputs, milliseconds timeout,
-                                                      bool async, Body body) {
+ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::start(const Call& call, const std::vector<at::Tensor>& inputs,
+                                                    std::vector<at::Tensor> outputs, milliseconds timeout,
+                                                    bool async, Body body) {
   const uint64_t sequence = ++issued_;
   auto work = c10::make_intrusive<CollectiveWork>(getRank(), call.type, call.profile_title, inputs,
                                                   std::move(outputs),
@@ -91,15 +91,16 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::enqueue(const Call& call, const st
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::send(std::vector<at::Tensor>& tensors, int destination,
                                                    int tag) {
   constexpr Call kCall{c10d::OpType::SEND, "send", "mlsys:send"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->send(tensors, destination, tag);
   const auto here = where(kCall.name);
   const auto& tensor = the_one(tensors, here);
   check_contiguous(tensor, here);
   const size_t bytes = tensor.numel() * tensor.element_size();
   auto request =
       membership_->communicator().send(tensor.const_data_ptr(), bytes, checked_root(destination, here), tag);
-  return c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor,
-                                               Place{kCall.name, ++messages_, here.words()},
-                                               milliseconds(timeout_ms_), std::move(request));
+  return keep(c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor,
+                                                    Place{kCall.name, ++messages_, here.words()},
+                                                    milliseconds(timeout_ms_), std::move(request)));
 }
 
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::receive(const Call& call, std::vector<at::Tensor>& tensors,
@@ -109,27 +110,34 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::receive(const Call& call, std::vec
   check_contiguous(tensor, here);
   const size_t bytes = tensor.numel() * tensor.element_size();
   auto request = membership_->communicator().recv(tensor.mutable_data_ptr(), bytes, source, tag);
-  return c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor,
-                                               Place{call.name, ++messages_, here.words()},
-                                               milliseconds(timeout_ms_), std::move(request));
+  return keep(c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor,
+                                                    Place{call.name, ++messages_, here.words()},
+                                                    milliseconds(timeout_ms_), std::move(request)));
 }
 
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::recv(std::vector<at::Tensor>& tensors, int source, int tag) {
   constexpr Call kCall{c10d::OpType::RECV, "recv", "mlsys:recv"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->recv(tensors, source, tag);
   return receive(kCall, tensors, checked_root(source, where(kCall.name)), tag);
 }
 
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::recvAnysource(std::vector<at::Tensor>& tensors, int tag) {
   constexpr Call kCall{c10d::OpType::RECVANYSOURCE, "recv from any source", "mlsys:recvAnySource"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->recvAnysource(tensors, tag);
   return receive(kCall, tensors, comm::Communicator::kAnySource, tag);
 }
 
 bool ProcessGroupMlsys::supportsTensorAlloc(c10::DeviceIndex device) {
-  return device < 0;  // CPU devices have no index; the arena is host memory
+  if (device < 0) return true;  // CPU devices have no index; the arena is host memory
+  return membership_->accelerator().available() && accelerator_backend().supportsTensorAlloc(device);
 }
 
 at::Tensor ProcessGroupMlsys::allocateTensor(long size, at::TensorOptions options) {
   const auto here = where("allocate_tensor");
+  const auto& accelerator = membership_->accelerator();
+  if (accelerator.available() && options.device().type() == accelerator.device_type()) {
+    return accelerator_backend().allocateTensor(size, options);
+  }
   if (!options.device().is_cpu()) {
     throw Refused(here + " was asked for memory on " + options.device().str() + ".",
                   "The shared arena is host memory.", "Ask for a CPU tensor.");

@@ -1,8 +1,10 @@
 // The c10d::Backend named "mlsys": what torch.distributed, DDP, FSDP2, DTensor and DCP call.
 //
-// Every virtual checks its tensors on the caller's thread, then hands a body to the membership's executor,
-// which runs the group's collectives one at a time in call order. Nothing falls through to another library:
-// what is not overridden here raises with its name, as c10d::Backend does.
+// One object serves all devices. Every virtual asks first whether its tensors are the accelerator's, and then
+// passes the call on unchanged to the accelerator's backend (accelerator.h). Else it checks them on the
+// caller's thread and hands a body to the membership's executor, which runs the group's collectives one at a
+// time in call order. No CPU tensor falls through to another library: what is not overridden here raises with
+// its name, as c10d::Backend does.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
@@ -11,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
 
@@ -32,6 +35,7 @@ class ProcessGroupMlsys final : public c10d::Backend {
 
   // process_group_reduce.cpp
   WorkPtr allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override;
+  WorkPtr allreduce_sparse(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override;
   WorkPtr allreduce_coalesced(std::vector<at::Tensor>& tensors,
                               const c10d::AllreduceCoalescedOptions& options) override;
   WorkPtr reduce(std::vector<at::Tensor>& tensors, const c10d::ReduceOptions& options) override;
@@ -77,9 +81,19 @@ class ProcessGroupMlsys final : public c10d::Backend {
   bool supportsTensorAlloc(c10::DeviceIndex device) override;
   at::Tensor allocateTensor(long size, at::TensorOptions options) override;
 
-  void setTimeout(std::chrono::milliseconds timeout) override { timeout_ms_ = timeout.count(); }
+  // process_group_accelerator.cpp
+  // Only with an accelerator, whose backend gains by it: without one, batches of messages keep a Work each.
+  bool supportsCoalescing() const override { return membership_->accelerator().available(); }
+  void startCoalescing() override;
+  WorkPtr endCoalescing() override;
+  std::shared_ptr<c10::Allocator> getMemAllocator() override;
+  c10d::ErrorType getError() override;
+  void setGroupUid(const std::string& group_uid) override;
+  void setTimeout(std::chrono::milliseconds timeout) override;
   void setSequenceNumberForGroup() override {}  // counts from zero on all ranks: nothing to agree on
-  uint64_t getSequenceNumberForGroup() override { return issued_; }
+  // Collectives issued on this rank, on all devices.
+  uint64_t getSequenceNumberForGroup() override;
+
   // Gives operations under way a second to finish; then, and in abort at once, they fail.
   void shutdown() override;
   void abort() override;
@@ -103,8 +117,29 @@ class ProcessGroupMlsys final : public c10d::Backend {
   int message_now(const Call& call, const at::Tensor& tensor, Posting post);
 
  private:
+  // The accelerator's backend, made ready, if that is where the tensors of a call are; null for the CPU's.
+  template <class... Tensors>
+  c10d::Backend* elsewhere(const Call& call, const Tensors&... tensors) {
+    DeviceCount devices{membership_->accelerator().device_type()};
+    (devices.look(tensors), ...);
+    return devices.on_accelerator == 0 ? nullptr : forward(call, devices);
+  }
+  // Throws Refused for tensors on several devices, and PeerFailed once the group has failed. Null without an
+  // accelerator.
+  c10d::Backend* forward(const Call& call, const DeviceCount& devices);
+  // A barrier has no tensors: it is the accelerator's when it names, or the group is bound to, its device.
+  c10d::Backend* elsewhere_for_barrier(const Call& call, const c10d::BarrierOptions& options);
+  c10d::Backend& accelerator_backend();
+  void meet();
+  // Remembers the Work of a CPU operation for endCoalescing(), between startCoalescing() and that.
+  WorkPtr keep(WorkPtr work);
+
   WorkPtr enqueue(const Call& call, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
-                  std::chrono::milliseconds timeout, bool async, Body body);
+                  std::chrono::milliseconds timeout, bool async, Body body) {
+    return keep(start(call, inputs, std::move(outputs), timeout, async, std::move(body)));
+  }
+  WorkPtr start(const Call& call, const std::vector<at::Tensor>& inputs, std::vector<at::Tensor> outputs,
+                std::chrono::milliseconds timeout, bool async, Body body);
   WorkPtr receive(const Call& call, std::vector<at::Tensor>& tensors, int source, int tag);
   int checked_root(int64_t root, const Where& where) const;
 
@@ -113,6 +148,12 @@ class ProcessGroupMlsys final : public c10d::Backend {
   std::atomic<uint64_t> issued_{0};
   std::atomic<uint64_t> monitored_{0};
   std::atomic<uint64_t> messages_{0};
+  std::atomic<bool> met_{false};
+  std::atomic<std::thread::id> coalescing_{};  // the thread that has called startCoalescing()
+  struct Batch {
+    bool on_accelerator = false;
+    std::vector<WorkPtr> works;
+  } batch_;  // of that thread
 };
 
 }  // namespace mlsys::binding

@@ -54,6 +54,7 @@ std::vector<int64_t> complete_splits(const at::Tensor& tensor, const std::vector
 WorkPtr ProcessGroupMlsys::broadcast(std::vector<at::Tensor>& tensors,
                                      const c10d::BroadcastOptions& options) {
   constexpr Call kCall{OpType::BROADCAST, "broadcast", "mlsys:broadcast"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->broadcast(tensors, options);
   const auto here = where(kCall.name);
   const auto& tensor = the_one(tensors, here);
   return enqueue(kCall, tensors, tensors, options.timeout, options.asyncOp,
@@ -63,6 +64,7 @@ WorkPtr ProcessGroupMlsys::broadcast(std::vector<at::Tensor>& tensors,
 WorkPtr ProcessGroupMlsys::allgather(TensorLists& outputs, std::vector<at::Tensor>& inputs,
                                      const c10d::AllgatherOptions& options) {
   constexpr Call kCall{OpType::ALLGATHER, "all_gather", "mlsys:all_gather"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs)) return backend->allgather(outputs, inputs, options);
   const auto here = where(kCall.name);
   const auto& input = the_one(inputs, here);
   check_lists(outputs, 1, here);
@@ -74,6 +76,8 @@ WorkPtr ProcessGroupMlsys::allgather(TensorLists& outputs, std::vector<at::Tenso
 WorkPtr ProcessGroupMlsys::_allgather_base(at::Tensor& output, at::Tensor& input,
                                            const c10d::AllgatherOptions& options) {
   constexpr Call kCall{OpType::_ALLGATHER_BASE, "all_gather_into_tensor", "mlsys:_all_gather_base"};
+  if (auto* backend = elsewhere(kCall, output, input))
+    return backend->_allgather_base(output, input, options);
   check_flat(output, input, getSize(), where(kCall.name));
   return enqueue(kCall, {input}, {output}, options.timeout, options.asyncOp,
                  all_gather_flat({input}, {output}));
@@ -83,6 +87,9 @@ WorkPtr ProcessGroupMlsys::_allgather_base(at::Tensor& output, at::Tensor& input
 WorkPtr ProcessGroupMlsys::allgather_coalesced(TensorLists& outputs, std::vector<at::Tensor>& inputs,
                                                const c10d::AllgatherOptions& options) {
   constexpr Call kCall{OpType::ALLGATHER_COALESCED, "all_gather_coalesced", "mlsys:all_gather"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs)) {
+    return backend->allgather_coalesced(outputs, inputs, options);
+  }
   const auto here = where(kCall.name);
   check_lists(outputs, getSize(), here);
   std::vector<Tensors> by_input(inputs.size());
@@ -110,6 +117,9 @@ WorkPtr ProcessGroupMlsys::allgather_into_tensor_coalesced(std::vector<at::Tenso
                                                            const c10d::AllgatherOptions& options) {
   constexpr Call kCall{OpType::ALLGATHER_COALESCED, "all_gather_into_tensor_coalesced",
                        "mlsys:all_gather_into_tensor_coalesced"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs)) {
+    return backend->allgather_into_tensor_coalesced(outputs, inputs, options);
+  }
   const auto here = where(kCall.name);
   if (outputs.size() != inputs.size()) {
     throw Refused(here + " was given " + std::to_string(inputs.size()) + " inputs and " +
@@ -123,6 +133,7 @@ WorkPtr ProcessGroupMlsys::allgather_into_tensor_coalesced(std::vector<at::Tenso
 WorkPtr ProcessGroupMlsys::gather(TensorLists& outputs, std::vector<at::Tensor>& inputs,
                                   const c10d::GatherOptions& options) {
   constexpr Call kCall{OpType::GATHER, "gather", "mlsys:gather"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs)) return backend->gather(outputs, inputs, options);
   const auto here = where(kCall.name);
   const auto& input = the_one(inputs, here);
   const int root = checked_root(options.rootRank, here);
@@ -138,6 +149,7 @@ WorkPtr ProcessGroupMlsys::gather(TensorLists& outputs, std::vector<at::Tensor>&
 WorkPtr ProcessGroupMlsys::scatter(std::vector<at::Tensor>& outputs, TensorLists& inputs,
                                    const c10d::ScatterOptions& options) {
   constexpr Call kCall{OpType::SCATTER, "scatter", "mlsys:scatter"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs)) return backend->scatter(outputs, inputs, options);
   const auto here = where(kCall.name);
   const auto& output = the_one(outputs, here);
   const int root = checked_root(options.rootRank, here);
@@ -153,6 +165,7 @@ WorkPtr ProcessGroupMlsys::scatter(std::vector<at::Tensor>& outputs, TensorLists
 WorkPtr ProcessGroupMlsys::alltoall(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
                                     const c10d::AllToAllOptions& options) {
   constexpr Call kCall{OpType::ALLTOALL, "all_to_all", "mlsys:all_to_all"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs)) return backend->alltoall(outputs, inputs, options);
   const auto here = where(kCall.name);
   const auto size = static_cast<size_t>(getSize());
   if (inputs.size() != size || outputs.size() != size) {
@@ -171,6 +184,9 @@ WorkPtr ProcessGroupMlsys::alltoall_base(at::Tensor& output, at::Tensor& input,
                                          std::vector<int64_t>& input_splits,
                                          const c10d::AllToAllOptions& options) {
   constexpr Call kCall{OpType::ALLTOALL_BASE, "all_to_all_single", "mlsys:all_to_all"};
+  if (auto* backend = elsewhere(kCall, output, input)) {
+    return backend->alltoall_base(output, input, output_splits, input_splits, options);
+  }
   const auto here = where(kCall.name);
   auto sent = complete_splits(input, input_splits, getSize(), here);
   auto received = complete_splits(output, output_splits, getSize(), here);
@@ -180,6 +196,7 @@ WorkPtr ProcessGroupMlsys::alltoall_base(at::Tensor& output, at::Tensor& input,
 
 WorkPtr ProcessGroupMlsys::barrier(const c10d::BarrierOptions& options) {
   constexpr Call kCall{OpType::BARRIER, "barrier", "mlsys:barrier"};
+  if (auto* backend = elsewhere_for_barrier(kCall, options)) return backend->barrier(options);
   return enqueue(
       kCall, {}, {}, options.timeout, options.asyncOp,
       [](comm::Communicator& group, std::chrono::milliseconds timeout) { group.barrier(timeout); });

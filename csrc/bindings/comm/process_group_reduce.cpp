@@ -23,6 +23,7 @@ std::vector<comm::Reduction> reductions_for(const Tensors& tensors, const c10d::
 WorkPtr ProcessGroupMlsys::allreduce(std::vector<at::Tensor>& tensors,
                                      const c10d::AllreduceOptions& options) {
   constexpr Call kCall{OpType::ALLREDUCE, "all_reduce", "mlsys:all_reduce"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->allreduce(tensors, options);
   const auto here = where(kCall.name);
   if (tensors.size() == 1 && tensors[0].layout() == at::kSparse && tensors[0].device().is_cpu()) {
     if (options.reduceOp.op_ != c10d::ReduceOp::SUM) {
@@ -36,9 +37,17 @@ WorkPtr ProcessGroupMlsys::allreduce(std::vector<at::Tensor>& tensors,
                  all_reduce_each({tensor}, {reduction_for(tensor, options.reduceOp, here)}));
 }
 
+WorkPtr ProcessGroupMlsys::allreduce_sparse(std::vector<at::Tensor>& tensors,
+                                            const c10d::AllreduceOptions& options) {
+  constexpr Call kCall{OpType::_ALLREDUCE_SPARSE, "all_reduce", "mlsys:all_reduce"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->allreduce_sparse(tensors, options);
+  return allreduce(tensors, options);
+}
+
 WorkPtr ProcessGroupMlsys::allreduce_coalesced(std::vector<at::Tensor>& tensors,
                                                const c10d::AllreduceCoalescedOptions& options) {
   constexpr Call kCall{OpType::ALLREDUCE_COALESCED, "all_reduce_coalesced", "mlsys:all_reduce"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->allreduce_coalesced(tensors, options);
   const auto here = where(kCall.name);
   check_tensors(tensors, here);
   return enqueue(kCall, tensors, tensors, options.timeout, options.asyncOp,
@@ -47,6 +56,7 @@ WorkPtr ProcessGroupMlsys::allreduce_coalesced(std::vector<at::Tensor>& tensors,
 
 WorkPtr ProcessGroupMlsys::reduce(std::vector<at::Tensor>& tensors, const c10d::ReduceOptions& options) {
   constexpr Call kCall{OpType::REDUCE, "reduce", "mlsys:reduce"};
+  if (auto* backend = elsewhere(kCall, tensors)) return backend->reduce(tensors, options);
   const auto here = where(kCall.name);
   const auto& tensor = the_one(tensors, here);
   const auto reduction = reduction_for(tensor, options.reduceOp, here);
@@ -57,6 +67,8 @@ WorkPtr ProcessGroupMlsys::reduce(std::vector<at::Tensor>& tensors, const c10d::
 WorkPtr ProcessGroupMlsys::reduce_scatter(std::vector<at::Tensor>& outputs, TensorLists& inputs,
                                           const c10d::ReduceScatterOptions& options) {
   constexpr Call kCall{OpType::REDUCE_SCATTER, "reduce_scatter", "mlsys:reduce_scatter"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs))
+    return backend->reduce_scatter(outputs, inputs, options);
   const auto here = where(kCall.name);
   const auto& output = the_one(outputs, here);
   if (inputs.size() != 1) {
@@ -72,6 +84,9 @@ WorkPtr ProcessGroupMlsys::reduce_scatter(std::vector<at::Tensor>& outputs, Tens
 WorkPtr ProcessGroupMlsys::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                                 const c10d::ReduceScatterOptions& options) {
   constexpr Call kCall{OpType::_REDUCE_SCATTER_BASE, "reduce_scatter_tensor", "mlsys:_reduce_scatter_base"};
+  if (auto* backend = elsewhere(kCall, output, input)) {
+    return backend->_reduce_scatter_base(output, input, options);
+  }
   const auto here = where(kCall.name);
   check_parts(output, input, getSize(), here);
   return enqueue(kCall, {input}, {output}, options.timeout, options.asyncOp,
@@ -83,6 +98,9 @@ WorkPtr ProcessGroupMlsys::reduce_scatter_tensor_coalesced(std::vector<at::Tenso
                                                            const c10d::ReduceScatterOptions& options) {
   constexpr Call kCall{OpType::REDUCE_SCATTER_TENSOR_COALESCED, "reduce_scatter_tensor_coalesced",
                        "mlsys:reduce_scatter_tensor_coalesced"};
+  if (auto* backend = elsewhere(kCall, outputs, inputs)) {
+    return backend->reduce_scatter_tensor_coalesced(outputs, inputs, options);
+  }
   const auto here = where(kCall.name);
   if (outputs.size() != inputs.size()) {
     throw Refused(here + " was given " + std::to_string(inputs.size()) + " inputs and " +

@@ -21,9 +21,11 @@ void check_tensor(const at::Tensor& tensor, const Where& where) {
     throw Refused(where + " was given an undefined tensor.", "A tensor is needed.", "Allocate it first.");
   }
   if (!tensor.device().is_cpu()) {
-    throw Refused(where + " was given a tensor on " + tensor.device().str() + ".",
-                  "Backend mlsys moves CPU tensors; its CUDA path is not built.",
-                  "Move the tensor with .cpu(), or join with init_process_group(\"nccl\") for CUDA tensors.");
+    throw Refused(
+        where + " was given a tensor on " + tensor.device().str() + ".",
+        "CPU tensors are expected; torch's own collectives take CUDA tensors too, where torch has NCCL "
+        "and sees a GPU.",
+        "Move the tensor with .cpu() first.");
   }
   if (tensor.layout() != at::kStrided) {
     std::ostringstream given;

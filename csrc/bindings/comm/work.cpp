@@ -1,5 +1,6 @@
 #include "bindings/comm/work.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace mlsys::binding {
@@ -105,6 +106,60 @@ bool PointToPointWork::wait(milliseconds timeout) {
     std::rethrow_exception(for_python(std::current_exception(), shared_->place));
   }
   return true;
+}
+
+bool JoinedWork::isCompleted() {
+  return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->isCompleted(); });
+}
+
+bool JoinedWork::isSuccess() const {
+  return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->isSuccess(); });
+}
+
+std::exception_ptr JoinedWork::exception() const {
+  for (const auto& work : works_) {
+    if (auto failure = work->exception()) return failure;
+  }
+  return nullptr;
+}
+
+bool JoinedWork::wait(milliseconds timeout) {
+  std::exception_ptr first;
+  for (const auto& work : works_) {
+    try {
+      work->wait(timeout);
+    } catch (...) {
+      if (!first) first = std::current_exception();
+    }
+  }
+  if (first) std::rethrow_exception(first);
+  return true;
+}
+
+std::vector<at::Tensor> JoinedWork::result() {
+  std::vector<at::Tensor> all;
+  for (const auto& work : works_) {
+    const auto some = work->result();
+    all.insert(all.end(), some.begin(), some.end());
+  }
+  return all;
+}
+
+c10::intrusive_ptr<Future> JoinedWork::getFuture() {
+  auto joined = c10::make_intrusive<Future>(c10::ListType::create(c10::TensorType::get()));
+  auto left = std::make_shared<std::atomic<size_t>>(works_.size());
+  auto outputs = result();
+  if (works_.empty()) joined->markCompleted(c10::IValue(outputs));
+  for (const auto& work : works_) {
+    work->getFuture()->addCallback([joined, left, outputs](Future& done) {
+      if (done.hasError()) {
+        joined->setErrorIfNeeded(done.exception_ptr());
+      } else if (left->fetch_sub(1) == 1) {
+        joined->markCompleted(c10::IValue(outputs));
+      }
+    });
+  }
+  return joined;
 }
 
 }  // namespace mlsys::binding

@@ -79,4 +79,24 @@ class PointToPointWork final : public c10d::Work {
   std::shared_ptr<Shared> shared_;
 };
 
+// Several operations, issued between startCoalescing() and endCoalescing(), as one.
+class JoinedWork final : public c10d::Work {
+ public:
+  JoinedWork(int rank, std::vector<c10::intrusive_ptr<c10d::Work>> works)
+      : c10d::Work(rank, c10d::OpType::COALESCED), works_(std::move(works)) {}
+
+  bool isCompleted() override;
+  bool isSuccess() const override;
+  // Of the first that failed; null when none did.
+  std::exception_ptr exception() const override;
+  // Waits for all, in the order of the calls, and then throws what the first failure was. `timeout` is that
+  // of each.
+  bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
+  std::vector<at::Tensor> result() override;
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+
+ private:
+  const std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+};
+
 }  // namespace mlsys::binding

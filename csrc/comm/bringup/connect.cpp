@@ -126,7 +126,7 @@ void share_memory(Links& links, SharedHost& shared) {
 
 std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& options, const Identity& mine,
                                    Liveness& liveness, const std::function<bool()>& stop,
-                                   std::function<void()> on_message) {
+                                   std::function<void()> on_message, std::function<void()> on_failure) {
   const Deadline deadline = std::chrono::steady_clock::now() + options.timeout;
   auto links = std::make_unique<Links>(options.report);
   links->arena = Arena::of_process();
@@ -155,19 +155,22 @@ std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& option
   std::vector<int> listeners{links->message_unix_listener.get()};
   if (links->message_tcp_listener) listeners.push_back(links->message_tcp_listener.get());
   links->watch = std::make_unique<Watch>(topology, *links->block, *links->faults, std::move(shared.pidfds),
-                                         std::move(controls), std::move(listeners), std::move(on_message));
+                                         std::move(controls), std::move(listeners), std::move(on_message),
+                                         std::move(on_failure));
   return links;
 }
 
 }  // namespace
 
 std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& options,
-                               std::function<bool()> stop, std::function<void()> on_message) {
+                               std::function<bool()> stop, std::function<void()> on_message,
+                               std::function<void()> on_failure) {
   const Identity mine = identify(locality_of(options, options.rank));
   Liveness liveness;
   Rendezvous rendezvous(std::move(store), options, mine, liveness, stop);
   try {
-    return connect_all(rendezvous, options, mine, liveness, stop, std::move(on_message));
+    return connect_all(rendezvous, options, mine, liveness, stop, std::move(on_message),
+                       std::move(on_failure));
   } catch (const PeerFailed& failure) {
     rendezvous.give_up({PoisonKind::kPeerFailed, failure.rank, failure.pid, failure.sequence, failure.host,
                         failure.op, failure.cause});

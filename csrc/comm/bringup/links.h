@@ -48,9 +48,10 @@ struct Links {
 // control connections, and starts the watch thread. Throws PeerFailed when a rank has died or has published
 // that it failed, TimedOut, or the Store's errors; all ranks name the failure that was published first.
 // `stop` ends the waiting early. `on_message` is called on the watch thread when the first sender of messages
-// calls.
+// calls, `on_failure` when the group has failed.
 std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& options,
-                               std::function<bool()> stop, std::function<void()> on_message);
+                               std::function<bool()> stop, std::function<void()> on_message,
+                               std::function<void()> on_failure);
 
 // Says in the store that this rank failed before it connected, so that the others do not wait for it.
 void publish_failure(Store& store, const Options& options, const std::string& cause);

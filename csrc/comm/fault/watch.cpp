@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <utility>
 
 namespace mlsys::comm {
 namespace {
@@ -36,7 +37,7 @@ char process_state(int pidfd) {
 
 Watch::Watch(const Topology& topology, const ControlBlock& block, const Faults& faults,
              std::vector<UniqueFd> pidfds, std::map<int, Socket> controls, std::vector<int> listeners,
-             std::function<void()> on_caller)
+             std::function<void()> on_caller, std::function<void()> on_failure)
     : topology_(topology),
       block_(block),
       faults_(faults),
@@ -44,6 +45,7 @@ Watch::Watch(const Topology& topology, const ControlBlock& block, const Faults& 
       died_(static_cast<size_t>(topology.local_size()), false),
       listeners_(std::move(listeners)),
       on_caller_(std::move(on_caller)),
+      on_failure_(std::move(on_failure)),
       told_presence_(static_cast<size_t>(topology.local_size()), kPresent),
       told_notices_(static_cast<size_t>(topology.local_size()), 0),
       has_controls_(!controls.empty()),
@@ -126,6 +128,7 @@ void Watch::on_doorbell() {
   if (faults_.poisoned()) {
     faults_.raise_abort();
     tell_poison(faults_.record());
+    if (!std::exchange(told_failure_, true)) on_failure_();
   }
   for (size_t local = 0; local < told_presence_.size(); ++local) {
     const int rank = topology_.local_ranks()[local];

@@ -32,10 +32,11 @@ namespace mlsys::comm {
 class Watch {
  public:
   // `pidfds` are ordered by local index; `controls` are connections to ranks of other hosts. `on_caller` is
-  // called once, when one of `listeners` is called for the first time.
+  // called once, when one of `listeners` is called for the first time; `on_failure` when the poison record is
+  // there.
   Watch(const Topology& topology, const ControlBlock& block, const Faults& faults,
         std::vector<UniqueFd> pidfds, std::map<int, Socket> controls, std::vector<int> listeners,
-        std::function<void()> on_caller);
+        std::function<void()> on_caller, std::function<void()> on_failure);
   ~Watch() { stop(); }
 
   // Relays what is still to be told, then joins. Idempotent. In a forked child, where the thread does not
@@ -82,9 +83,11 @@ class Watch {
   std::vector<Control> controls_;
   std::vector<int> listeners_;
   std::function<void()> on_caller_;
+  std::function<void()> on_failure_;
   std::vector<Presence> told_presence_;  // by local index
   std::vector<uint32_t> told_notices_;   // versions, by local index
   bool told_poison_ = false;
+  bool told_failure_ = false;
   std::atomic<bool> stopping_{false};
   const bool has_controls_;
   std::mutex asking_;  // guards the rest, but for the thread

@@ -1,0 +1,52 @@
+#include "bindings/comm/accelerator.h"
+
+#include <stdexcept>
+
+#include "bindings/comm/gil.h"
+
+namespace mlsys::binding {
+
+c10d::Backend& Accelerator::backend(const std::function<void(c10d::Backend&)>& prepare) {
+  if (auto* ready = made()) return *ready;
+  const WithoutGil released;  // the maker takes it, maybe on another thread that holds the mutex
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw std::runtime_error("the process group was shut down");
+  if (!backend_) {
+    backend_ = maker_();
+    prepare(*backend_);
+    made_.store(backend_.get(), std::memory_order_release);
+  }
+  return *backend_;
+}
+
+void Accelerator::abort_soon() {
+  const std::lock_guard lock(mutex_);
+  if (aborted_ || closed_ || !backend_) return;
+  aborted_ = true;
+  aborting_ = std::thread([backend = backend_] {
+    try {
+      backend->abort();
+    } catch (const std::exception& e) {
+      TORCH_WARN("mlsys: the abort of backend ", backend->getBackendName(), " failed: ", e.what());
+    }
+  });
+}
+
+void Accelerator::close(bool orderly) {
+  Maker dropped;
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+    dropped.swap(maker_);
+  }
+  if (aborting_.joinable()) aborting_.join();
+  if (!backend_ || aborted_) return;
+  if (orderly) {
+    backend_->shutdown();
+  } else {
+    backend_->abort();
+  }
+}
+
+}  // namespace mlsys::binding
