@@ -1,7 +1,8 @@
 """Builds the three native extensions. Everything declarative is in pyproject.toml.
 
 _kernels     torch.ops.mlsys.* through torch's stable ABI (one binary serves several torch versions)
-_comm        the c10d process group, through torch's own headers and its bundled pybind11
+_comm        the c10d process group, through torch's own headers and its bundled pybind11, with CUDA kernels
+             when those of _kernels are built
 _activation  the recompute frame, plain pybind11, no torch headers
 
 Environment: MAX_JOBS, TORCH_CUDA_ARCH_LIST, MLSYS_BUILD_CUDA=0|1 (default: when torch has CUDA and nvcc is
@@ -60,6 +61,7 @@ CXX_FLAGS = [
 ]
 # The first torch whose stable ABI the kernels use: 2.10, so that 2.11 to 2.13 load one binary.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false"]
 INCLUDES = [str(ROOT / "csrc")]
 
 
@@ -125,7 +127,7 @@ def kernels() -> Extension:
         make = CUDAExtension
         files += sources("csrc/optim/**/*.cu", "csrc/activation/**/*.cu", "csrc/bindings/kernels/*.cu")
         flags["cxx"].append("-DUSE_CUDA")
-        flags["nvcc"] = ["-O3", "-std=c++20", "--fmad=false", "-DUSE_CUDA", *STABLE_ABI]
+        flags["nvcc"] = [*NVCC_FLAGS, "-DUSE_CUDA", *STABLE_ABI]
     return make(
         "mlsys_engine.native._kernels",
         files,
@@ -133,6 +135,23 @@ def kernels() -> Extension:
         extra_compile_args=flags,
         py_limited_api=True,
     )
+
+
+def comm() -> Extension:
+    """The process group, with the all-reduce between GPUs when CUDA is wanted."""
+    files = sources(
+        "csrc/core/*.cpp",
+        "csrc/memory/*.cpp",
+        "csrc/comm/**/*.cpp",
+        "csrc/bindings/comm/*.cpp",
+    )
+    flags = {"cxx": CXX_FLAGS}
+    make = CppExtension
+    if wants_cuda():
+        make = CUDAExtension
+        files += sources("csrc/comm/**/*.cu")
+        flags = {"cxx": [*CXX_FLAGS, "-DMLSYS_CUDA"], "nvcc": NVCC_FLAGS}
+    return make("mlsys_engine.native._comm", files, include_dirs=INCLUDES, extra_compile_args=flags)
 
 
 def plain(name: str, *patterns: str) -> Extension:
@@ -149,13 +168,7 @@ def extensions() -> list[Extension]:
     """All three, or the one that MLSYS_BUILD_ONLY names."""
     every = [
         kernels(),
-        plain(
-            "_comm",
-            "csrc/core/*.cpp",
-            "csrc/memory/*.cpp",
-            "csrc/comm/**/*.cpp",
-            "csrc/bindings/comm/*.cpp",
-        ),
+        comm(),
         plain("_activation", "csrc/bindings/activation/*.cpp"),
     ]
     only = os.environ.get("MLSYS_BUILD_ONLY", "")

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mlsys_engine.comm.accelerator import nccl_maker
+from mlsys_engine.comm.cuda_ipc import ipc_preparer
 from mlsys_engine.comm.environment import job_key, locality
 from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
 from mlsys_engine.native import load_comm
@@ -33,6 +34,7 @@ def create_group(options: Any, backend_options: Any) -> Any:
         # By this the others watch over this process also before it connects.
         presence = f"mlsys/{options.group_id}/presence/{options.group_rank}"
         options.store.set(presence, load_comm().presence())
+    make_nccl = nccl_maker(options, backend_options, ranks)
     group = load_comm().create(
         store=options.store,
         rank=options.group_rank,
@@ -42,7 +44,8 @@ def create_group(options: Any, backend_options: Any) -> Any:
         global_ranks=list(ranks),
         locality=locality(ranks),
         job_key=job_key() or _agreed_key(options.store, options.group_rank),
-        make_accelerator=nccl_maker(options, backend_options, ranks),
+        make_accelerator=make_nccl,
+        make_small=None if make_nccl is None else ipc_preparer(options),
     )
     # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
     atexit.register(group.farewell().say)

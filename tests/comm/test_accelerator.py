@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch._C._distributed_c10d import AllgatherOptions, FakeProcessGroup
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlsys_engine.comm.accelerator import nccl_maker
-from mlsys_engine.errors import PeerFailedError, UserError
+from mlsys_engine.comm.cuda_ipc import ipc_preparer
+from mlsys_engine.errors import ConfigError, PeerFailedError, UserError
 from mlsys_engine.native import load_comm
 
 
@@ -205,6 +207,49 @@ def _barrier_on(device):
 
 def test_cuda_tensors_are_told_by_their_device_and_not_mixed_with_others(run_ranks):
     run_ranks(_cuda_tensors, 2)
+
+
+def _prepared(rank, world_size):
+    prepared = []
+
+    def create_group(options, _):
+        return _create(
+            options,
+            "outer",
+            make_accelerator=lambda: FakeProcessGroup._create_internal(rank, world_size),
+            make_small=lambda device, num_hosts, backend: prepared.append((device, num_hosts, type(backend))),
+        )
+
+    dist.Backend.register_backend("prepared", create_group, extended_api=True, devices=["cpu", "cuda"])
+    outer = dist.new_group(backend="prepared")._get_backend(torch.device("cuda"))
+    with FakeTensorMode():
+        device = torch.empty(4, device="cuda:1")
+    outer.send([device], 1 - rank, 0)
+    assert prepared == []  # a message is not a call of all ranks
+    for _ in range(2):
+        outer.allreduce([device], dist.AllreduceOptions()).wait()
+    return prepared == [(1, 1, FakeProcessGroup)]
+
+
+def test_the_way_for_small_tensors_is_prepared_once_in_the_first_collective(run_ranks):
+    assert run_ranks(_prepared, 2) == [True, True]
+
+
+@pytest.mark.parametrize("choice", ["nccl", "auto"])
+def test_a_build_without_cuda_has_no_ipc_all_reduce_and_says_so_only_when_it_was_asked_for(
+    monkeypatch, choice
+):
+    if hasattr(load_comm(), "CudaIpcAllReduce"):
+        pytest.skip("this build has CUDA")
+    options = SimpleNamespace(group_size=2)
+    monkeypatch.setenv("MLSYS_CUDA_ALLREDUCE", choice)
+    assert ipc_preparer(options) is None
+    monkeypatch.setenv("MLSYS_CUDA_ALLREDUCE", "ipc")
+    with pytest.raises(ConfigError, match="built without CUDA"):
+        ipc_preparer(options)
+    monkeypatch.setenv("MLSYS_CUDA_ALLREDUCE", "fast")
+    with pytest.raises(ConfigError, match="'fast'"):
+        ipc_preparer(options)
 
 
 def _without_an_inner_backend(rank, world_size):

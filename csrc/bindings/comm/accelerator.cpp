@@ -19,7 +19,20 @@ c10d::Backend& Accelerator::backend(const std::function<void(c10d::Backend&)>& p
   return *backend_;
 }
 
+void Accelerator::prepare_small(int device, int num_hosts) {
+  SmallMaker make;
+  BackendPtr backend;
+  {
+    const WithoutGil released;
+    const std::lock_guard lock(mutex_);
+    make.swap(small_maker_);
+    backend = backend_;
+  }
+  if (make && backend) std::atomic_store(&small_, make(device, num_hosts, backend));
+}
+
 void Accelerator::abort_soon() {
+  if (const auto ready = small()) ready->stop();
   const std::lock_guard lock(mutex_);
   if (aborted_ || closed_ || !backend_) return;
   aborted_ = true;
@@ -34,12 +47,15 @@ void Accelerator::abort_soon() {
 
 void Accelerator::close(bool orderly) {
   Maker dropped;
+  SmallMaker dropped_too;
   {
     const std::lock_guard lock(mutex_);
     if (closed_) return;
     closed_ = true;
     dropped.swap(maker_);
+    dropped_too.swap(small_maker_);
   }
+  if (const auto ready = small(); ready && !orderly) ready->stop();
   if (aborting_.joinable()) aborting_.join();
   if (!backend_ || aborted_) return;
   if (orderly) {

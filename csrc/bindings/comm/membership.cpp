@@ -8,11 +8,12 @@
 namespace mlsys::binding {
 
 Membership::Membership(std::shared_ptr<InterruptibleStore> store, comm::Options options,
-                       c10::DeviceType accelerator_type, Accelerator::Maker make_accelerator)
+                       c10::DeviceType accelerator_type, Accelerator::Maker make_accelerator,
+                       Accelerator::SmallMaker make_small)
     : options_(std::move(options)),
       store_(std::move(store)),
       communicator_(comm::Communicator::create(store_, options_)),
-      accelerator_(accelerator_type, std::move(make_accelerator)) {}
+      accelerator_(accelerator_type, std::move(make_accelerator), std::move(make_small)) {}
 
 Membership::~Membership() { leave(std::chrono::milliseconds(0)); }
 

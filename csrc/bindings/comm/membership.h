@@ -16,7 +16,8 @@ namespace mlsys::binding {
 class Membership {
  public:
   Membership(std::shared_ptr<InterruptibleStore> store, comm::Options options,
-             c10::DeviceType accelerator_type, Accelerator::Maker make_accelerator);
+             c10::DeviceType accelerator_type, Accelerator::Maker make_accelerator,
+             Accelerator::SmallMaker make_small);
   Membership(const Membership&) = delete;
   Membership& operator=(const Membership&) = delete;
   ~Membership();

@@ -4,6 +4,7 @@
 #include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "bindings/comm/cuda_ipc.h"
 #include "bindings/comm/direct.h"
 #include "bindings/comm/failures.h"
 #include "bindings/comm/store_adapter.h"
@@ -25,7 +26,8 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
                                              std::chrono::milliseconds timeout, std::string group_name,
                                              std::vector<int> global_ranks, std::vector<int> locality,
                                              std::string job_key, const std::string& accelerator,
-                                             Accelerator::Maker make_accelerator) {
+                                             Accelerator::Maker make_accelerator,
+                                             Accelerator::SmallMaker make_small) {
   comm::Options options;
   options.rank = rank;
   options.size = size;
@@ -37,8 +39,9 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
   options.report = [place = "mlsys: rank " + std::to_string(options.global_ranks[static_cast<size_t>(rank)]) +
                             ", group " + options.group_name +
                             ": "](const std::string& line) { LOG(WARNING) << place << line; };
-  return c10::make_intrusive<ProcessGroupMlsys>(std::make_shared<Membership>(
-      adapt_store(store), std::move(options), c10::Device(accelerator).type(), std::move(make_accelerator)));
+  return c10::make_intrusive<ProcessGroupMlsys>(
+      std::make_shared<Membership>(adapt_store(store), std::move(options), c10::Device(accelerator).type(),
+                                   std::move(make_accelerator), std::move(make_small)));
 }
 
 py::dict counters(const ProcessGroupMlsys& group) {
@@ -63,6 +66,9 @@ PYBIND11_MODULE(_comm, m) {
   register_translators();
 
   py::class_<Farewell>(m, "Farewell").def("say", &Farewell::say, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<SmallAllReduce, std::shared_ptr<SmallAllReduce>>(m, "SmallAllReduce");
+  define_cuda_ipc(m);
 
   ProcessGroupClass process_group(m, "ProcessGroupMlsys", c10d.attr("Backend"));
   define_direct_calls(process_group);
@@ -96,5 +102,5 @@ PYBIND11_MODULE(_comm, m) {
   m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),
         py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
         py::arg("accelerator") = "cuda", py::arg("make_accelerator") = py::none(),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("make_small") = py::none(), py::call_guard<py::gil_scoped_release>());
 }

@@ -130,7 +130,9 @@ class ProcessGroupMlsys final : public c10d::Backend {
   // A barrier has no tensors: it is the accelerator's when it names, or the group is bound to, its device.
   c10d::Backend* elsewhere_for_barrier(const Call& call, const c10d::BarrierOptions& options);
   c10d::Backend& accelerator_backend();
-  void meet();
+  void meet(const DeviceCount& devices);
+  // Null unless the accelerator has a way for small tensors and it takes this one.
+  WorkPtr small_all_reduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options);
   // Remembers the Work of a CPU operation for endCoalescing(), between startCoalescing() and that.
   WorkPtr keep(WorkPtr work);
 

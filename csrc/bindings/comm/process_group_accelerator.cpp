@@ -41,12 +41,17 @@ c10d::Backend* ProcessGroupMlsys::forward(const Call& call, const DeviceCount& d
   }
   auto& backend = accelerator_backend();
   try {
+    if (const auto small = membership_->accelerator().small()) {
+      if (const auto failure = small->failure(); !failure.empty()) {
+        membership_->communicator().poison(failure);
+      }
+    }
     membership_->communicator().expect_healthy();
   } catch (...) {
     std::rethrow_exception(
         for_python(std::current_exception(), Place{call.name, issued_, where(call.name).words()}));
   }
-  if (!is_message(call.type)) meet();
+  if (!is_message(call.type)) meet(devices);
   if (coalescing_ == std::this_thread::get_id() && !std::exchange(batch_.on_accelerator, true)) {
     backend.startCoalescing();
   }
@@ -56,12 +61,26 @@ c10d::Backend* ProcessGroupMlsys::forward(const Call& call, const DeviceCount& d
 // The watch thread that notices a peer's death starts with the first operation of the CPU's. So that it also
 // runs where all tensors are the accelerator's, the first collective on them is preceded by a barrier; a
 // message is not, since not all ranks need to take part in one.
-void ProcessGroupMlsys::meet() {
-  if (getSize() == 1 || met_) return;
-  constexpr Call kCall{c10d::OpType::BARRIER, "barrier", "mlsys:barrier"};
-  start(kCall, {}, {}, milliseconds(timeout_ms_), false, [](comm::Communicator& group, milliseconds timeout) {
-    group.barrier(timeout);
-  })->wait();
+void ProcessGroupMlsys::meet(const DeviceCount& devices) {
+  if (getSize() == 1) return;
+  if (!met_) {
+    constexpr Call kCall{c10d::OpType::BARRIER, "barrier", "mlsys:barrier"};
+    start(kCall, {}, {}, milliseconds(timeout_ms_), false,
+          [](comm::Communicator& group, milliseconds timeout) { group.barrier(timeout); })
+        ->wait();
+    met_ = true;
+  }
+  if (devices.index >= 0) {
+    membership_->accelerator().prepare_small(devices.index, membership_->communicator().num_hosts());
+  }
+}
+
+WorkPtr ProcessGroupMlsys::small_all_reduce(std::vector<at::Tensor>& tensors,
+                                            const c10d::AllreduceOptions& options) {
+  const auto small = membership_->accelerator().small();
+  // What is coalesced goes to the backend as a whole, since it is waited for as a whole.
+  if (!small || coalescing_ == std::this_thread::get_id()) return nullptr;
+  return small->all_reduce(tensors, options);
 }
 
 c10d::Backend* ProcessGroupMlsys::elsewhere_for_barrier(const Call& call,

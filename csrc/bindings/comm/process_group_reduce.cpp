@@ -23,7 +23,10 @@ std::vector<comm::Reduction> reductions_for(const Tensors& tensors, const c10d::
 WorkPtr ProcessGroupMlsys::allreduce(std::vector<at::Tensor>& tensors,
                                      const c10d::AllreduceOptions& options) {
   constexpr Call kCall{OpType::ALLREDUCE, "all_reduce", "mlsys:all_reduce"};
-  if (auto* backend = elsewhere(kCall, tensors)) return backend->allreduce(tensors, options);
+  if (auto* backend = elsewhere(kCall, tensors)) {
+    if (auto work = small_all_reduce(tensors, options)) return work;
+    return backend->allreduce(tensors, options);
+  }
   const auto here = where(kCall.name);
   if (tensors.size() == 1 && tensors[0].layout() == at::kSparse && tensors[0].device().is_cpu()) {
     if (options.reduceOp.op_ != c10d::ReduceOp::SUM) {

@@ -6,6 +6,7 @@ import atexit
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,6 +21,7 @@ from mlsys_engine.errors import LaunchError
 
 BACKEND = "mlsys"
 _JOB_KEY = "MLSYS_JOB_KEY"
+_DEVICE = "MLSYS_DEVICE"
 
 
 @dataclass
@@ -77,6 +79,9 @@ def _join(placement: Placement, timeout: timedelta) -> World:
     num_threads = threads.fix_threads(
         os.environ, num_cpus=threads.usable_cpus(affinity), local_size=local_size
     )
+    device = device_of(
+        os.environ, rank=placement.rank, local_rank=local_rank, world_size=placement.world_size
+    )
     if not exists:
         dist.init_process_group(
             BACKEND,
@@ -94,7 +99,7 @@ def _join(placement: Placement, timeout: timedelta) -> World:
         world_size=placement.world_size,
         local_size=local_size,
         hosts=hosts,
-        device=device_of(placement.rank),
+        device=device,
         launcher=placement.launcher,
         num_threads=num_threads,
         affinity=affinity,
@@ -110,13 +115,33 @@ def locate(placement: Placement, hosts: tuple[str, ...]) -> tuple[int, int]:
     return local_rank, max(local_size, local_rank + 1)
 
 
-def device_of(rank: int) -> torch.device:
-    """Where a rank computes: in this version the CPU, and rank 0 says so on a host with GPUs."""
-    if rank == 0 and torch.cuda.is_available():
+def device_of(env: Mapping[str, str], *, rank: int, local_rank: int, world_size: int) -> torch.device:
+    """Where a rank computes: the CPU, or with MLSYS_DEVICE=cuda the GPU of its local rank.
+
+    The CPU is the default also on a host with GPUs, where rank 0 says so.
+    """
+    asked = env.get(_DEVICE, "")
+    if asked not in {"", "cpu", "cuda"}:
+        raise LaunchError(
+            f"{_DEVICE}={asked!r}.", 'It is "cpu" (the default) or "cuda".', f"Type: unset {_DEVICE}"
+        )
+    if asked == "cuda":
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local_rank >= num_gpus or (world_size > 1 and not dist.is_nccl_available()):
+            nccl = "has" if dist.is_nccl_available() else "does not have"
+            raise LaunchError(
+                f"{_DEVICE}=cuda is set; local rank {local_rank} sees {num_gpus} usable GPUs "
+                f"and torch {nccl} NCCL.",
+                "Every local rank needs a GPU of its own, and more than one rank needs NCCL.",
+                f"Start at most one rank a GPU on a CUDA build of torch, or unset {_DEVICE}.",
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if not asked and rank == 0 and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         sys.stderr.write(
             f"mlsys: this host has {num_gpus} GPU{'s' * (num_gpus != 1)}, but ranks compute on the CPU: "
-            "collectives on CUDA tensors are not part of this version.\n"
+            f"training on GPUs is not proved yet. {_DEVICE}=cuda tries it, {_DEVICE}=cpu says no more.\n"
         )
     return torch.device("cpu")
 

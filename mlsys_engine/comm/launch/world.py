@@ -22,7 +22,7 @@ class World:
     hosts: tuple[str, ...]
     """The host name of each rank, in rank order."""
     device: torch.device
-    """Where this rank computes: the CPU, in this version also on a host with GPUs."""
+    """Where this rank computes: the CPU, or with MLSYS_DEVICE=cuda the GPU of its local rank."""
     launcher: str
     """Who started the process: torchrun, openmpi, mpich, slurm, local, env (variables by hand) or single."""
     num_threads: int
