@@ -60,6 +60,7 @@ void Engine::all_reduce(void* data, size_t count, Reduction reduction, Timeout t
   Context context = begin_reduction(OpKind::kAllReduce, data, count, reduction, timeout);
   if (context.mesh == nullptr) return local_reduce(context, reducer, data, count, -1);
   hosts_reduce(context, reducer, data, count, -1);
+  end(context);
 }
 
 void Engine::reduce(void* data, size_t count, Reduction reduction, int root, Timeout timeout) {
@@ -77,6 +78,7 @@ void Engine::reduce(void* data, size_t count, Reduction reduction, int root, Tim
   Context context = begin(call, timeout, inline_of(data, bytes));
   if (context.mesh == nullptr) return local_reduce(context, reducer, data, count, root);
   hosts_reduce(context, reducer, data, count, root);
+  end(context);
 }
 
 void Engine::all_gather(const void* input, std::span<void* const> outputs, size_t bytes, Timeout timeout) {
@@ -92,6 +94,7 @@ void Engine::all_gather(const void* input, std::span<void* const> outputs, size_
   Context context = begin(call, timeout, inline_of(input, bytes));
   if (context.mesh == nullptr) return local_share(context, input, outputs, bytes, -1);
   hosts_all_gather(context, input, outputs, bytes);
+  end(context);
 }
 
 void Engine::reduce_scatter(std::span<const void* const> inputs, void* output, size_t count,
@@ -107,6 +110,7 @@ void Engine::reduce_scatter(std::span<const void* const> inputs, void* output, s
   Context context = begin_scatter(OpKind::kReduceScatter, inputs, count, reduction, timeout);
   if (context.mesh == nullptr) return local_reduce_scatter(context, reducer, inputs, output, count);
   hosts_reduce_scatter(context, reducer, inputs, output, count);
+  end(context);
 }
 
 void Engine::broadcast(void* data, size_t bytes, int root, Timeout timeout) {
@@ -118,7 +122,10 @@ void Engine::broadcast(void* data, size_t bytes, int root, Timeout timeout) {
   const bool sending = options_.rank == root;
   if (sending) call.arena_offset = offset_of(data, bytes);
   Context context = begin(call, timeout, sending ? inline_of(data, bytes) : std::span<const std::byte>());
-  if (context.mesh != nullptr) return hosts_broadcast(context, data, bytes, root);
+  if (context.mesh != nullptr) {
+    hosts_broadcast(context, data, bytes, root);
+    return end(context);
+  }
   std::vector<void*> outputs(static_cast<size_t>(options_.size), nullptr);
   outputs[static_cast<size_t>(root)] = data;
   local_share(context, data, outputs, bytes, root);
@@ -137,7 +144,10 @@ void Engine::gather(const void* input, std::span<void* const> outputs, size_t by
   Descriptor call = new_call(OpKind::kGather, bytes, root);
   call.arena_offset = offset_of(input, bytes);
   Context context = begin(call, timeout, inline_of(input, bytes));
-  if (context.mesh != nullptr) return hosts_gather(context, input, outputs, bytes, root);
+  if (context.mesh != nullptr) {
+    hosts_gather(context, input, outputs, bytes, root);
+    return end(context);
+  }
   const std::vector<void*> nothing(static_cast<size_t>(options_.size), nullptr);
   local_share(context, input, options_.rank == root ? outputs : std::span<void* const>(nothing), bytes, -1);
 }
@@ -156,7 +166,10 @@ void Engine::scatter(std::span<const void* const> inputs, void* output, size_t b
   const std::vector<uint64_t> sizes = published_sizes([&](int) { return sending ? bytes : 0; });
   Context context = begin(new_call(OpKind::kScatter, bytes, root), timeout,
                           bytes_at(sizes.data(), sizes.size() * sizeof(uint64_t)));
-  if (context.mesh != nullptr) return hosts_scatter(context, inputs, output, bytes, root);
+  if (context.mesh != nullptr) {
+    hosts_scatter(context, inputs, output, bytes, root);
+    return end(context);
+  }
   const auto size = static_cast<size_t>(options_.size);
   const std::vector<const void*> nothing(size, nullptr);
   std::vector<size_t> send_bytes(size, sending ? bytes : 0), receive_bytes(size, 0);
@@ -187,7 +200,10 @@ void Engine::all_to_all(std::span<const void* const> inputs, std::span<const siz
       published_sizes([&](int rank) { return send_bytes[static_cast<size_t>(rank)]; });
   Context context = begin(new_call(OpKind::kAllToAll, 0, -1), timeout,
                           bytes_at(sizes.data(), sizes.size() * sizeof(uint64_t)));
-  if (context.mesh != nullptr) return hosts_all_to_all(context, inputs, send_bytes, outputs, recv_bytes);
+  if (context.mesh != nullptr) {
+    hosts_all_to_all(context, inputs, send_bytes, outputs, recv_bytes);
+    return end(context);
+  }
   local_exchange(context, inputs, send_bytes, outputs, recv_bytes);
 }
 
@@ -199,6 +215,7 @@ void Engine::barrier(Timeout timeout) {
   Context context = begin(new_call(OpKind::kBarrier, 0, -1), timeout, {});
   if (context.mesh == nullptr) return;
   hosts_barrier(context);
+  end(context);
 }
 
 void Engine::begin_alone() {

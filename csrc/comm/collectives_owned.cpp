@@ -19,6 +19,7 @@ void Engine::all_reduce_tree(void* data, size_t count, Reduction reduction, Time
   Context context = begin_reduction(OpKind::kAllReduceTree, data, count, reduction, timeout);
   if (context.mesh == nullptr) return local_reduce(context, reducer, data, count, -1);
   hosts_reduce_tree(context, reducer, data, count);
+  end(context);
 }
 
 void Engine::all_reduce_compressed(float* data, size_t count, bool average, Compression compression,
@@ -34,6 +35,7 @@ void Engine::all_reduce_compressed(float* data, size_t count, bool average, Comp
   }
   const float divisor = average ? static_cast<float>(options_.size) : 1.0F;
   hosts_reduce_compressed(context, compression, divisor, data, count, residual);
+  end(context);
 }
 
 void Engine::reduce_scatter_tree(std::span<const void* const> inputs, void* output, size_t count,
@@ -49,6 +51,7 @@ void Engine::reduce_scatter_tree(std::span<const void* const> inputs, void* outp
   Context context = begin_scatter(OpKind::kReduceScatterTree, inputs, count, reduction, timeout);
   if (context.mesh == nullptr) return local_reduce_scatter(context, reducer, inputs, output, count);
   hosts_reduce_scatter_tree(context, reducer, inputs, output, count);
+  end(context);
 }
 
 }  // namespace mlsys::comm

@@ -72,6 +72,9 @@ struct Options {
   // hosts. Ranks with different values never try shared memory. Taken from MLSYS_LOCALITY ("0,0,1,1") by the
   // binding.
   std::vector<int> locality;
+  // Connections between two ranks of different hosts, the same on all ranks; a large message uses all of
+  // them.
+  int sockets_per_peer = 2;
   // Proves membership to the data sockets (HMAC or equal strength); the same on all ranks, from the launcher.
   std::string job_key;
   // Told in words what a user may want to read in the log (connections of strangers), from any thread, at

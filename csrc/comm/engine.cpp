@@ -148,28 +148,11 @@ Context Engine::begin(Descriptor call, Timeout timeout, std::span<const std::byt
     l.mesh->begin(call, deadline);
     const std::vector<int> neighbours = ring_neighbours(l.topology);
     l.mesh->ensure(neighbours);
-    if (!neighbours.empty()) check_other_hosts(l, neighbours);
-    l.mesh->ensure(tcp_peers(l.topology, call.kind, call.root));
+    if (!neighbours.empty()) l.mesh->greet(neighbours[0], neighbours[1]);
+    l.mesh->ensure(tcp_peers(l.topology, call));
   }
   l.team->await_arrival();
   return {l.topology, *l.faults, *l.team, l.mesh.get(), live_};
-}
-
-// Each leader sends its descriptor to the next host and compares the one from the previous host: unless all
-// are equal, some neighbours differ.
-void Engine::check_other_hosts(const Links& links, const std::vector<int>& neighbours) {
-  const Descriptor mine = links.team->mine();
-  Descriptor theirs;
-  const std::array sends{Outgoing{neighbours[0], &mine, sizeof(mine)}};
-  const std::array receives{Incoming{neighbours[1], &theirs, sizeof(theirs)}};
-  links.mesh->transfer(sends, receives);
-  if (!is_plausible(theirs)) {
-    links.faults->fail_mismatch(
-        "what came from rank " + std::to_string(links.topology.global(neighbours[1])) +
-            " is no operation header: the ranks are out of step in " + describe(mine) + ".",
-        mine);
-  }
-  if (!same_operation(mine, theirs)) links.faults->fail_mismatch(describe_mismatch(mine, theirs), mine);
 }
 
 std::shared_ptr<Request> Engine::send(const void* data, size_t bytes, int destination, uint64_t tag) {

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from mlsys_engine.comm.accelerator import nccl_maker
 from mlsys_engine.comm.cuda_ipc import ipc_preparer
-from mlsys_engine.comm.environment import job_key, locality
+from mlsys_engine.comm.environment import job_key, locality, sockets_per_peer
 from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
 from mlsys_engine.native import load_comm
 
@@ -46,6 +46,7 @@ def create_group(options: Any, backend_options: Any) -> Any:
         job_key=job_key() or _agreed_key(options.store, options.group_rank),
         make_accelerator=make_nccl,
         make_small=None if make_nccl is None else ipc_preparer(options),
+        sockets_per_peer=sockets_per_peer(),
     )
     # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
     atexit.register(group.farewell().say)

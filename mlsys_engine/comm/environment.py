@@ -9,6 +9,8 @@ from mlsys_engine.errors import LaunchError
 
 JOB_KEY = "MLSYS_JOB_KEY"
 LOCALITY = "MLSYS_LOCALITY"
+SOCKETS_PER_PEER = "MLSYS_SOCKETS_PER_PEER"
+DEFAULT_SOCKETS_PER_PEER, MOST_SOCKETS_PER_PEER = 2, 16
 
 
 def job_key() -> str:
@@ -43,3 +45,18 @@ def locality(global_ranks: Iterable[int]) -> list[int]:
             f'For example {LOCALITY}="0,0,1,1" makes four ranks look like two hosts; unset it outside tests.',
         )
     return hosts
+
+
+def sockets_per_peer() -> int:
+    """How many TCP connections a rank opens to each rank of another host that it exchanges data with."""
+    text = os.environ.get(SOCKETS_PER_PEER, "").strip()
+    if not text:
+        return DEFAULT_SOCKETS_PER_PEER
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_SOCKETS_PER_PEER:
+        raise LaunchError(
+            f"{SOCKETS_PER_PEER}={text!r} is set.",
+            f"It is the number of connections between two ranks of different hosts, 1 to "
+            f"{MOST_SOCKETS_PER_PEER}, the same on all ranks.",
+            f"For example {SOCKETS_PER_PEER}=4; unset it for {DEFAULT_SOCKETS_PER_PEER}.",
+        )
+    return int(text)

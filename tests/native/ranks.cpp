@@ -154,6 +154,8 @@ std::vector<Job> topologies() {
   jobs.push_back({.size = 3, .locality = {0, 0, 1}});
   jobs.push_back({.size = 4, .locality = {0, 0, 1, 1}});
   jobs.push_back({.size = 4, .locality = {0, 1, 0, 1}});
+  jobs.push_back({.size = 4, .locality = {0, 0, 0, 1}});
+  jobs.push_back({.size = 5, .locality = {0, 1, 1, 1, 2}});
   return jobs;
 }
 

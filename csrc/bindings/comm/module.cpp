@@ -25,7 +25,8 @@ struct Farewell {
 c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
                                              std::chrono::milliseconds timeout, std::string group_name,
                                              std::vector<int> global_ranks, std::vector<int> locality,
-                                             std::string job_key, const std::string& accelerator,
+                                             std::string job_key, int sockets_per_peer,
+                                             const std::string& accelerator,
                                              Accelerator::Maker make_accelerator,
                                              Accelerator::SmallMaker make_small) {
   comm::Options options;
@@ -36,6 +37,7 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
   options.global_ranks = std::move(global_ranks);
   options.locality = std::move(locality);
   options.job_key = std::move(job_key);
+  options.sockets_per_peer = sockets_per_peer;
   options.report = [place = "mlsys: rank " + std::to_string(options.global_ranks[static_cast<size_t>(rank)]) +
                             ", group " + options.group_name +
                             ": "](const std::string& line) { LOG(WARNING) << place << line; };
@@ -101,6 +103,7 @@ PYBIND11_MODULE(_comm, m) {
   });
   m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),
         py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
-        py::arg("accelerator") = "cuda", py::arg("make_accelerator") = py::none(),
-        py::arg("make_small") = py::none(), py::call_guard<py::gil_scoped_release>());
+        py::arg("sockets_per_peer"), py::arg("accelerator") = "cuda",
+        py::arg("make_accelerator") = py::none(), py::arg("make_small") = py::none(),
+        py::call_guard<py::gil_scoped_release>());
 }

@@ -1,8 +1,9 @@
-// Collectives over several hosts: shared memory inside each, TCP between their leaders (or, where only single
-// pairs talk, between the ranks themselves). All are called after await_arrival(), with connections open.
+// Collectives over several hosts: shared memory inside each, TCP between them. All are called after
+// await_arrival(), with connections open.
 //
-// Data that leaders exchange lies in the host's scratch area, which all its ranks can reach; where every host
-// has one rank it is sent from, and received into, the caller's memory.
+// The large ones keep every local rank on the wire with a share of its own (hosts_plan.h) and overlap shared
+// memory with it (hosts_pipeline.h). What travels lies in the host's scratch area, which all its ranks can
+// reach; where a host has one rank it lies in the caller's memory if it can.
 #pragma once
 
 #include <span>
@@ -34,9 +35,9 @@ void hosts_all_to_all(Context& context, std::span<const void* const> inputs,
                       std::span<const size_t> send_bytes, std::span<void* const> outputs,
                       std::span<const size_t> receive_bytes);
 
-// The ranks that this rank talks to directly in each kind of operation, beside its ring neighbours.
-std::vector<int> tcp_peers(const Topology& topology, OpKind kind, int root);
-// Leaders of the next and the previous host; empty on other ranks.
+// The ranks that this rank talks to in the operation.
+std::vector<int> tcp_peers(const Topology& topology, const Descriptor& call);
+// Leaders of the next and the previous host, which compare their calls; empty on other ranks.
 std::vector<int> ring_neighbours(const Topology& topology);
 
 inline bool one_rank_each(const Topology& topology) { return topology.num_hosts() == topology.size; }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "comm/algorithms/hosts.h"
+#include "comm/algorithms/hosts_plan.h"
 #include "comm/algorithms/local.h"
 
 namespace mlsys::comm {
@@ -98,32 +99,44 @@ void hosts_all_to_all(Context& context, std::span<const void* const> inputs,
   context.mesh->transfer(sends, receives);
 }
 
-std::vector<int> tcp_peers(const Topology& topology, OpKind kind, int root) {
-  std::vector<int> remote, leaders;
+namespace {
+
+std::vector<int> peers_of(const HostPlan& plan) {
+  std::vector<int> peers;
+  for (const size_t ring : plan.rings.mine) {
+    for (const Step& step : plan.schedule) {
+      for (const int host : {step.to, step.from}) {
+        const int peer = host < 0 ? -1 : plan.rings.members[ring][static_cast<size_t>(host)];
+        if (peer >= 0 && std::find(peers.begin(), peers.end(), peer) == peers.end()) peers.push_back(peer);
+      }
+    }
+  }
+  return peers;
+}
+
+}  // namespace
+
+std::vector<int> tcp_peers(const Topology& topology, const Descriptor& call) {
+  std::vector<int> remote;
   for (int rank = 0; rank < topology.size; ++rank) {
     if (!topology.is_local(rank)) remote.push_back(rank);
   }
-  for (int host = 0; host < topology.num_hosts(); ++host) {
-    if (host != topology.my_host()) leaders.push_back(topology.leader_of(host));
-  }
-  switch (kind) {
+  switch (call.kind) {
     case OpKind::kAllToAll:
       return remote;
     case OpKind::kGather:
     case OpKind::kScatter:
-      if (topology.rank == root) return remote;
-      return topology.is_local(root) ? std::vector<int>{} : std::vector<int>{root};
-    case OpKind::kReduceScatter:
+      if (topology.rank == call.root) return remote;
+      return topology.is_local(call.root) ? std::vector<int>{} : std::vector<int>{call.root};
     case OpKind::kAllReduceTree:
     case OpKind::kReduceScatterTree:
     case OpKind::kAllReduceBf16:
-    case OpKind::kAllReduceInt8:
-      return topology.is_leader() ? leaders : std::vector<int>{};
-    case OpKind::kBroadcast: {
-      const int root_leader = topology.leader_of(topology.host_of[root]);
-      if (topology.rank == root_leader) return leaders;
-      if (topology.is_leader() && !topology.is_local(root)) return {root_leader};
-      return {};
+    case OpKind::kAllReduceInt8: {
+      std::vector<int> leaders;
+      for (int host = 0; topology.is_leader() && host < topology.num_hosts(); ++host) {
+        if (host != topology.my_host()) leaders.push_back(topology.leader_of(host));
+      }
+      return leaders;
     }
     case OpKind::kBarrier: {
       std::vector<int> partners;
@@ -135,7 +148,7 @@ std::vector<int> tcp_peers(const Topology& topology, OpKind kind, int root) {
       return partners;
     }
     default:
-      return {};
+      return peers_of(plan_of(topology, call));
   }
 }
 

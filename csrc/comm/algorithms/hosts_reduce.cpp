@@ -1,125 +1,239 @@
-// All-reduce over several hosts: reduce inside each host, ring between the leaders, share inside each host.
+// All-reduce and reduce over several hosts.
 //
-// The tensor is cut into one slice for each host (the unit of the ring); the slices are cut into tiles, and
-// tile t of all slices together fills the scratch area. So which slice an element belongs to, and with it the
-// order of its sum, depends on the element count and the number of hosts alone. Where every host has one rank
-// and partials are elements, the ring runs on the tensor itself.
-#include <algorithm>
-
+// Large: the tensor is cut into one slice for each host (the unit of the ring), and tile t of all slices
+// together passes through shared memory at a time, cut into a part for each ring. Every local rank combines
+// the host's contributions to its own rings' parts, rings them, and hands the results to its host. Which
+// slice an element belongs to, and with it the order of its sum, depends on the element count and the
+// number of hosts alone.
+//
+// Small: leaders send their host's partial to all other leaders, and every rank combines the partials of all
+// hosts for itself, as a balanced tree in host order.
 #include "comm/algorithms/hosts.h"
-#include "comm/algorithms/ring.h"
+#include "comm/algorithms/hosts_pipeline.h"
+#include "comm/algorithms/local.h"
 
 namespace mlsys::comm {
 namespace {
 
-class TiledReduce {
+class RingReduce final : public TileStages {
  public:
-  TiledReduce(Context& context, const Reducer& reducer, void* data, size_t count, bool wants_result)
+  RingReduce(Context& context, const HostPlan& plan, const Reducer& reducer, void* data, size_t count,
+             int root)
       : context_(context),
         team_(context.team),
+        plan_(plan),
         reducer_(reducer),
-        data_(data),
+        data_(static_cast<std::byte*>(data)),
         count_(count),
         hosts_(static_cast<size_t>(context.topology.num_hosts())),
-        wants_result_(wants_result) {
-    // The tile must be the same on all hosts, whether their tensors lie in the arena or not.
-    tile_ = ControlBlock::kScratchBytes / (hosts_ * reducer.partial_bytes());
-    if (!one_rank_each(context.topology)) {
-      tile_ = std::min(tile_, ControlBlock::kStageBytes / (hosts_ * reducer.element_bytes()));
-    }
+        in_place_(team_.size() == 1 && reducer.partial_is_element() && root < 0),
+        portion_(room(context.topology, plan, reducer)) {
     for (int local = 0; local < team_.size(); ++local) {
       std::byte* buffer =
           team_.published(local, team_.descriptor(local).arena_offset, count * reducer.element_bytes());
-      buffers_.push_back(local == team_.index() ? static_cast<std::byte*>(data) : buffer);
-      direct_ &= buffers_.back() != nullptr && (team_.size() == 1 || buffer != nullptr);
+      direct_ &= buffer != nullptr || team_.size() == 1;
+      const bool own = local == team_.index();
+      buffers_.push_back(own ? data_ : buffer);
+      wanting_.push_back(root < 0 || root == context.topology.local_ranks()[static_cast<size_t>(local)]);
     }
   }
 
-  void run() {
+  // Elements of a chunk; the same on all hosts, whether their tensors lie in the arena or not.
+  static size_t room(const Topology& topology, const HostPlan& plan, const Reducer& reducer) {
+    const size_t chunks = kTileSlots * plan.rings.size() * topology.hosts.size();
+    const size_t on_the_wire = std::min(kChunkBytes, ControlBlock::kScratchBytes / chunks);
+    if (one_rank_each(topology)) return on_the_wire / reducer.partial_bytes();
+    return std::min(on_the_wire / reducer.partial_bytes(),
+                    ControlBlock::kWireStageBytes / chunks / reducer.element_bytes());
+  }
+
+  size_t num_tiles() const {
     const size_t longest = part_of(count_, hosts_ - 1, hosts_).count;
-    for (size_t first = 0; first < std::max(longest, part_of(count_, 0, hosts_).count); first += tile_) {
-      if (first != 0) team_.barrier();  // everyone has taken the previous tile out of the scratch area
-      if (!direct_) {
-        for_slices(first, [&](size_t host, Range r) {
-          copy_bytes(staged(team_.index(), host), element_at(data_, r.first), bytes(r.count));
-        });
-        team_.barrier();
+    const size_t tile = plan_.rings.size() * portion_.count;
+    return (std::max(longest, part_of(count_, 0, hosts_).count) + tile - 1) / tile;
+  }
+
+  Wire::Chunk chunk_at(size_t ring, size_t tile, size_t slice) const {
+    const Range range = range_of(ring, tile, slice);
+    std::byte* data = in_place_ ? data_ + bytes(range.first) : partial(ring, tile, slice);
+    return {data, range.count * reducer_.partial_bytes()};
+  }
+
+  void publish(size_t tile) override {
+    if (direct_) return;
+    for (size_t ring = 0; ring < plan_.rings.size(); ++ring) {
+      if (plan_.rings.members[ring][my_host()] == context_.topology.rank) continue;
+      for (size_t slice = 0; slice < hosts_; ++slice) {
+        const Range range = range_of(ring, tile, slice);
+        copy_bytes(staged(team_.index(), ring, tile, slice), data_ + bytes(range.first), bytes(range.count));
       }
-      for_slices(first, [&](size_t host, Range r) { reduce_part(host, r); });
-      team_.barrier();
-      if (context_.topology.is_leader()) exchange(first);
-      team_.barrier();
-      if (!wants_result_) continue;
-      for_slices(first, [&](size_t host, Range r) {
-        reducer_.finish(partial(host, 0), element_at(data_, r.first), r.count);
-      });
     }
   }
+
+  void load(size_t tile) override {
+    if (in_place_) return;
+    std::vector<const void*> sources(static_cast<size_t>(team_.size()));
+    for_mine(tile, [&](size_t ring, size_t slice, Range range) {
+      for (int local = 0; local < team_.size(); ++local) {
+        const bool reachable = direct_ || local == team_.index();
+        sources[static_cast<size_t>(local)] = reachable
+                                                  ? buffers_[static_cast<size_t>(local)] + bytes(range.first)
+                                                  : staged(local, ring, tile, slice);
+      }
+      reducer_.reduce_to_partial(sources, partial(ring, tile, slice), range.count);
+      context_.counters.add_shm(bytes(range.count) * (sources.size() - 1));
+    });
+  }
+
+  void finish(size_t tile) override {
+    if (in_place_ && !reducer_.divides()) return;
+    if (!direct_) return;
+    for_mine(tile, [&](size_t ring, size_t slice, Range range) {
+      for (int local = 0; local < team_.size(); ++local) {
+        if (!wanting_[static_cast<size_t>(local)]) continue;
+        reducer_.finish(chunk_at(ring, tile, slice).data,
+                        buffers_[static_cast<size_t>(local)] + bytes(range.first), range.count);
+        if (local != team_.index()) context_.counters.add_shm(bytes(range.count));
+      }
+    });
+  }
+
+  void collect(size_t tile) override {
+    if (direct_ || !wanting_[static_cast<size_t>(team_.index())]) return;
+    for (size_t ring = 0; ring < plan_.rings.size(); ++ring) {
+      const bool own = plan_.rings.members[ring][my_host()] == context_.topology.rank;
+      for (size_t slice = 0; slice < hosts_; ++slice) {
+        const Range range = range_of(ring, tile, slice);
+        reducer_.finish(partial(ring, tile, slice), data_ + bytes(range.first), range.count);
+        if (!own) context_.counters.add_shm(bytes(range.count));
+      }
+    }
+  }
+
+  bool zero_copy() const { return direct_ && team_.size() > 1; }
 
  private:
   size_t bytes(size_t count) const { return count * reducer_.element_bytes(); }
-  std::byte* element_at(void* base, size_t index) const { return at(base, bytes(index)); }
-  std::byte* staged(int local, size_t host) const { return team_.stage(local) + bytes(host * tile_); }
-  std::byte* partial(size_t host, size_t index) const {
-    return team_.scratch() + (host * tile_ + index) * reducer_.partial_bytes();
+  size_t my_host() const { return static_cast<size_t>(context_.topology.my_host()); }
+  size_t box(size_t ring, size_t tile, size_t slice) const {
+    return ((tile % kTileSlots * plan_.rings.size() + ring) * hosts_ + slice) * portion_.count;
   }
-  Range tile_of(size_t host, size_t first) const {
-    const Range slice = part_of(count_, host, hosts_);
-    const size_t begin = std::min(first, slice.count);
-    return {slice.first + begin, std::min(tile_, slice.count - begin)};
+  std::byte* staged(int local, size_t ring, size_t tile, size_t slice) const {
+    return team_.wire_stage(local) + bytes(box(ring, tile, slice));
+  }
+  std::byte* partial(size_t ring, size_t tile, size_t slice) const {
+    return team_.scratch() + box(ring, tile, slice) * reducer_.partial_bytes();
+  }
+  // In elements of the tensor.
+  Range range_of(size_t ring, size_t tile, size_t slice) const {
+    const Range whole = part_of(count_, slice, hosts_);
+    const size_t length = plan_.rings.size() * portion_.count;
+    const size_t begin = std::min(tile * length, whole.count);
+    const Range part =
+        part_of(std::min(length, whole.count - begin), ring, plan_.rings.size(), portion_.grain);
+    return {whole.first + begin + part.first, part.count};
   }
   template <class Visit>
-  void for_slices(size_t first, Visit visit) const {
-    for (size_t host = 0; host < hosts_; ++host) visit(host, tile_of(host, first));
-  }
-
-  // This rank's share of the tile: combined over the ranks of this host.
-  void reduce_part(size_t host, Range range) const {
-    const Range mine =
-        part_of(range.count, static_cast<size_t>(team_.index()), static_cast<size_t>(team_.size()), 64);
-    std::vector<const void*> sources;
-    for (int local = 0; local < team_.size(); ++local) {
-      const std::byte* base =
-          direct_ ? element_at(buffers_[static_cast<size_t>(local)], range.first) : staged(local, host);
-      sources.push_back(base + bytes(mine.first));
+  void for_mine(size_t tile, Visit visit) const {
+    for (const size_t ring : plan_.rings.mine) {
+      for (size_t slice = 0; slice < hosts_; ++slice) visit(ring, slice, range_of(ring, tile, slice));
     }
-    reducer_.reduce_to_partial(sources, partial(host, mine.first), mine.count);
-    context_.counters.add_shm(bytes(mine.count) * (sources.size() - 1));
-  }
-
-  void exchange(size_t first) const {
-    std::vector<Slice> slices;
-    for_slices(first, [&](size_t host, Range r) { slices.push_back({partial(host, 0), r.count}); });
-    ring_all_reduce(context_, reducer_, slices);
   }
 
   Context& context_;
   LocalTeam& team_;
+  const HostPlan& plan_;
+  const Reducer& reducer_;
+  std::byte* data_;
+  size_t count_;
+  size_t hosts_;
+  bool in_place_;  // the wire works on the tensor itself
+  Portion portion_;
+  bool direct_ = true;
+  std::vector<std::byte*> buffers_;  // by local rank; of others only when direct_
+  std::vector<bool> wanting_;        // by local rank: takes the result
+};
+
+// One tile of everything; slice h is host h's partial.
+class SmallReduce final : public TileStages {
+ public:
+  SmallReduce(Context& context, const HostPlan& plan, const Reducer& reducer, void* data, size_t count,
+              bool wants_result)
+      : context_(context),
+        team_(context.team),
+        leading_(!plan.rings.mine.empty()),
+        reducer_(reducer),
+        data_(data),
+        count_(count),
+        inline_(fits_inline(count * reducer.element_bytes())),
+        wants_result_(wants_result) {}
+
+  Wire::Chunk chunk_at(size_t host) const {
+    const size_t bytes = count_ * reducer_.partial_bytes();
+    return {team_.scratch() + host * bytes, bytes};
+  }
+
+  void publish(size_t) override {
+    if (!inline_ && !leading_) {
+      copy_bytes(team_.wire_stage(team_.index()), data_, count_ * reducer_.element_bytes());
+    }
+  }
+
+  void load(size_t) override {
+    if (!leading_) return;
+    std::vector<const void*> sources;
+    for (int local = 0; local < team_.size(); ++local) {
+      const void* theirs = inline_ ? team_.inline_payload(local) : team_.wire_stage(local);
+      sources.push_back(local == team_.index() ? data_ : theirs);
+    }
+    reducer_.reduce_to_partial(sources, chunk_at(my_host()).data, count_);
+    context_.counters.add_shm(count_ * reducer_.element_bytes() * (sources.size() - 1));
+  }
+
+  void finish(size_t) override {}
+
+  void collect(size_t) override {
+    if (!wants_result_) return;
+    std::vector<const void*> partials;
+    for (size_t host = 0; host < context_.topology.hosts.size(); ++host) {
+      partials.push_back(chunk_at(host).data);
+    }
+    reducer_.combine_partials(partials, data_, count_);
+    if (!leading_) context_.counters.add_shm(count_ * reducer_.partial_bytes() * partials.size());
+  }
+
+ private:
+  size_t my_host() const { return static_cast<size_t>(context_.topology.my_host()); }
+
+  Context& context_;
+  LocalTeam& team_;
+  bool leading_;
   const Reducer& reducer_;
   void* data_;
   size_t count_;
-  size_t hosts_;
+  bool inline_;  // contributions came beside the descriptors
   bool wants_result_;
-  size_t tile_ = 0;
-  bool direct_ = true;
-  std::vector<std::byte*> buffers_;
 };
 
 }  // namespace
 
 void hosts_reduce(Context& context, const Reducer& reducer, void* data, size_t count, int root) {
-  const auto hosts = static_cast<size_t>(context.topology.num_hosts());
-  if (one_rank_each(context.topology) && reducer.partial_is_element() && root < 0) {
-    std::vector<Slice> slices;
-    for (size_t host = 0; host < hosts; ++host) {
-      const Range slice = part_of(count, host, hosts);
-      slices.push_back({at(data, slice.first * reducer.element_bytes()), slice.count});
-    }
-    ring_all_reduce(context, reducer, slices);
-    if (reducer.divides()) reducer.finish(data, data, count);
-    return;
+  const HostPlan plan = plan_of(context.topology, context.team.mine());
+  const bool wants_result = root < 0 || root == context.topology.rank;
+  if (is_small(context.topology, context.team.mine())) {
+    SmallReduce reduce(context, plan, reducer, data, count, wants_result);
+    Wire wire(context, plan, 1, [&](size_t, size_t, size_t host) { return reduce.chunk_at(host); }, nullptr);
+    return run_pipeline(context, reduce, wire, 1);
   }
-  TiledReduce(context, reducer, data, count, root < 0 || root == context.topology.rank).run();
+  RingReduce reduce(context, plan, reducer, data, count, root);
+  Wire wire(
+      context, plan, reduce.num_tiles(),
+      [&](size_t ring, size_t tile, size_t slice) { return reduce.chunk_at(ring, tile, slice); },
+      [&](const std::byte* incoming, const Wire::Chunk& target) {
+        reducer.merge(incoming, target.data, target.data, target.bytes / reducer.partial_bytes());
+      });
+  run_pipeline(context, reduce, wire, reduce.num_tiles());
+  if (reduce.zero_copy()) context.counters.add_zero_copy();
 }
 
 }  // namespace mlsys::comm

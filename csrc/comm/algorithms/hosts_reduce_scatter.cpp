@@ -1,148 +1,149 @@
-// Reduce-scatter over several hosts. For tile t of every rank's part: the ranks of a host reduce among
-// themselves, leaders send each other the partials of the receiving host's ranks (one exchange of all pairs,
-// every byte crosses the network once), and each rank combines its own partials in host order. Where every
-// host has one rank, raw contributions are sent and combined in rank order, so that nothing is widened on the
-// wire.
-#include <array>
-
+// Reduce-scatter over several hosts. Slice h is what the ranks of host h get. Tile t of every rank's part is
+// cut into a piece for each ring; a ring's rank combines its host's contributions to that piece of all parts
+// and sends each host what its ranks get, once. So every byte crosses the network once, in one hop.
 #include "comm/algorithms/hosts.h"
+#include "comm/algorithms/hosts_pipeline.h"
 
 namespace mlsys::comm {
 namespace {
 
-void scatter_flat(Context& context, const Reducer& reducer, std::span<const void* const> inputs, void* output,
-                  size_t count) {
-  const int size = context.topology.size;
-  const int me = context.topology.rank;
-  const size_t element = reducer.element_bytes();
-  const size_t tile = ControlBlock::kScratchBytes / (static_cast<size_t>(size) * element);
-  for (size_t first = 0; first < count; first += tile) {
-    const size_t n = std::min(tile, count - first);
-    std::vector<Outgoing> sends;
-    std::vector<Incoming> receives;
-    std::vector<const void*> sources;
-    for (int rank = 0; rank < size; ++rank) {
-      const auto slot = static_cast<size_t>(rank);
-      std::byte* inbox = context.team.scratch() + slot * tile * element;
-      const std::byte* own = at(inputs[slot], first * element);
-      sources.push_back(rank == me ? own : inbox);
-      if (rank == me) continue;
-      sends.push_back({rank, own, n * element});
-      receives.push_back({rank, inbox, n * element});
-    }
-    context.mesh->transfer(sends, receives);
-    reducer.reduce(sources, std::array<void*, 1>{at(output, first * element)}, n);
-  }
-}
-
-class TiledScatter {
+class ScatterReduce final : public TileStages {
  public:
-  TiledScatter(Context& context, const Reducer& reducer, std::span<const void* const> inputs, void* output,
-               size_t count)
+  ScatterReduce(Context& context, const HostPlan& plan, const Reducer& reducer,
+                std::span<const void* const> inputs, void* output, size_t count)
       : context_(context),
         team_(context.team),
         topology_(context.topology),
+        plan_(plan),
         reducer_(reducer),
         inputs_(inputs),
         output_(output),
-        count_(count) {
-    size_t most_local = 0;
-    for (const std::vector<int>& host : topology_.hosts) most_local = std::max(most_local, host.size());
-    const auto size = static_cast<size_t>(topology_.size);
-    const size_t boxes = size + topology_.hosts.size() * most_local;
-    tile_ = std::min(ControlBlock::kScratchBytes / (boxes * reducer.partial_bytes()),
-                     ControlBlock::kStageBytes / (size * reducer.element_bytes()));
-    size_t position = 0;
-    for (const std::vector<int>& host : topology_.hosts) {
-      first_of_host_.push_back(position);
-      position += host.size();
+        count_(count),
+        most_local_(plan.rings.size()),
+        piece_(room(topology_, plan, reducer)) {
+    const size_t whole = count * inputs.size() * reducer.element_bytes();
+    for (int local = 0; local < team_.size(); ++local) {
+      buffers_.push_back(team_.published(local, team_.descriptor(local).arena_offset, whole));
+      direct_ &= buffers_.back() != nullptr || team_.size() == 1;
     }
   }
 
-  void run() {
-    for (size_t first = 0; first < count_; first += tile_) {
-      const size_t n = std::min(tile_, count_ - first);
-      const size_t element = reducer_.element_bytes();
-      for (int rank = 0; rank < topology_.size; ++rank) {
-        copy_bytes(staged(team_.index(), rank), at(inputs_[static_cast<size_t>(rank)], first * element),
-                   n * element);
+  // Elements of each rank's part in a chunk; the same on all hosts, wherever their tensors lie.
+  static size_t room(const Topology& topology, const HostPlan& plan, const Reducer& reducer) {
+    const size_t rings = plan.rings.size(), ranks = static_cast<size_t>(topology.size);
+    const size_t chunks = kTileSlots * rings * topology.hosts.size();
+    const size_t on_the_wire = std::min(kChunkBytes, ControlBlock::kScratchBytes / chunks);
+    return std::min(on_the_wire / rings / reducer.partial_bytes(),
+                    ControlBlock::kWireStageBytes / (kTileSlots * rings * ranks) / reducer.element_bytes());
+  }
+
+  size_t num_tiles() const {
+    const size_t tile = plan_.rings.size() * piece_.count;
+    return (count_ + tile - 1) / tile;
+  }
+
+  // The pieces of a host's ranks lie one after another.
+  Wire::Chunk chunk_at(size_t ring, size_t tile, size_t host) const {
+    const size_t bytes = range_of(ring, tile).count * topology_.hosts[host].size() * reducer_.partial_bytes();
+    return {partial(ring, tile, host, 0), bytes};
+  }
+
+  void publish(size_t tile) override {
+    if (direct_) return;
+    for (size_t ring = 0; ring < plan_.rings.size(); ++ring) {
+      if (plan_.rings.members[ring][my_host()] == topology_.rank) continue;
+      const Range range = range_of(ring, tile);
+      for (size_t rank = 0; rank < inputs_.size(); ++rank) {
+        copy_bytes(staged(team_.index(), ring, tile, rank), at(inputs_[rank], bytes(range.first)),
+                   bytes(range.count));
       }
-      team_.barrier();
-      for (int rank = 0; rank < topology_.size; ++rank) reduce_part(rank, n);
-      team_.barrier();
-      if (topology_.is_leader()) exchange();
-      team_.barrier();
-      combine(first, n);
-      // The next tile's first barrier keeps the scratch area until all have combined; staging is free
-      // already.
     }
   }
+
+  void load(size_t tile) override {
+    std::vector<const void*> sources(static_cast<size_t>(team_.size()));
+    for (const size_t ring : plan_.rings.mine) {
+      const Range range = range_of(ring, tile);
+      for (size_t rank = 0; rank < inputs_.size(); ++rank) {
+        for (int local = 0; local < team_.size(); ++local) {
+          sources[static_cast<size_t>(local)] = source(local, ring, tile, rank, range);
+        }
+        const auto host = static_cast<size_t>(topology_.host_of[rank]);
+        const auto place = static_cast<size_t>(topology_.local_of[rank]);
+        reducer_.reduce_to_partial(sources, partial(ring, tile, host, place * range.count), range.count);
+      }
+      context_.counters.add_shm(bytes(range.count) * inputs_.size() * (sources.size() - 1));
+    }
+  }
+
+  void finish(size_t) override {}
+
+  void collect(size_t tile) override {
+    for (size_t ring = 0; ring < plan_.rings.size(); ++ring) {
+      const Range range = range_of(ring, tile);
+      const std::byte* mine =
+          partial(ring, tile, my_host(), static_cast<size_t>(team_.index()) * range.count);
+      reducer_.finish(mine, at(output_, bytes(range.first)), range.count);
+      const bool own = plan_.rings.members[ring][my_host()] == topology_.rank;
+      if (!own) context_.counters.add_shm(range.count * reducer_.partial_bytes());
+    }
+  }
+
+  bool zero_copy() const { return direct_ && team_.size() > 1; }
 
  private:
-  std::byte* staged(int local, int rank) const {
-    return team_.stage(local) + static_cast<size_t>(rank) * tile_ * reducer_.element_bytes();
+  size_t bytes(size_t count) const { return count * reducer_.element_bytes(); }
+  size_t my_host() const { return static_cast<size_t>(topology_.my_host()); }
+  // In elements of every rank's part.
+  Range range_of(size_t ring, size_t tile) const {
+    const size_t length = plan_.rings.size() * piece_.count;
+    const Range part =
+        part_of(std::min(length, count_ - tile * length), ring, plan_.rings.size(), piece_.grain);
+    return {tile * length + part.first, part.count};
   }
-  // This host's partial of `rank`'s part; the ranks of one host lie together.
-  std::byte* partial(int rank) const {
-    const size_t position = first_of_host_[static_cast<size_t>(topology_.host_of[rank])] +
-                            static_cast<size_t>(topology_.local_of[rank]);
-    return team_.scratch() + position * tile_ * reducer_.partial_bytes();
+  const std::byte* source(int local, size_t ring, size_t tile, size_t rank, Range range) const {
+    if (local == team_.index()) return at(inputs_[rank], bytes(range.first));
+    if (direct_) return buffers_[static_cast<size_t>(local)] + bytes(rank * count_ + range.first);
+    return staged(local, ring, tile, rank);
   }
-  // What `host` sent for the ranks of this host.
-  std::byte* inbox(size_t host, size_t local) const {
-    const size_t box = static_cast<size_t>(topology_.size) + host * static_cast<size_t>(team_.size()) + local;
-    return team_.scratch() + box * tile_ * reducer_.partial_bytes();
+  std::byte* staged(int local, size_t ring, size_t tile, size_t rank) const {
+    const size_t box = (tile % kTileSlots * plan_.rings.size() + ring) * inputs_.size() + rank;
+    return team_.wire_stage(local) + bytes(box * piece_.count);
   }
-
-  void reduce_part(int rank, size_t n) const {
-    const Range mine = part_of(n, static_cast<size_t>(team_.index()), static_cast<size_t>(team_.size()), 64);
-    std::vector<const void*> sources;
-    for (int local = 0; local < team_.size(); ++local) {
-      sources.push_back(staged(local, rank) + mine.first * reducer_.element_bytes());
-    }
-    reducer_.reduce_to_partial(sources, partial(rank) + mine.first * reducer_.partial_bytes(), mine.count);
-    context_.counters.add_shm(mine.count * reducer_.element_bytes() * (sources.size() - 1));
-  }
-
-  void exchange() const {
-    const size_t box = tile_ * reducer_.partial_bytes();
-    std::vector<Outgoing> sends;
-    std::vector<Incoming> receives;
-    for (size_t host = 0; host < topology_.hosts.size(); ++host) {
-      if (static_cast<int>(host) == topology_.my_host()) continue;
-      const int leader = topology_.leader_of(static_cast<int>(host));
-      sends.push_back({leader, partial(leader), topology_.hosts[host].size() * box});
-      receives.push_back({leader, inbox(host, 0), static_cast<size_t>(team_.size()) * box});
-    }
-    context_.mesh->transfer(sends, receives);
-  }
-
-  void combine(size_t first, size_t n) const {
-    std::vector<const void*> partials;
-    for (size_t host = 0; host < topology_.hosts.size(); ++host) {
-      const bool own = static_cast<int>(host) == topology_.my_host();
-      partials.push_back(own ? partial(topology_.rank) : inbox(host, static_cast<size_t>(team_.index())));
-    }
-    reducer_.combine_partials(partials, at(output_, first * reducer_.element_bytes()), n);
+  std::byte* partial(size_t ring, size_t tile, size_t host, size_t index) const {
+    const size_t hosts = topology_.hosts.size();
+    const size_t box = (tile % kTileSlots * plan_.rings.size() + ring) * hosts + host;
+    return team_.scratch() + (box * most_local_ * piece_.count + index) * reducer_.partial_bytes();
   }
 
   Context& context_;
   LocalTeam& team_;
   const Topology& topology_;
+  const HostPlan& plan_;
   const Reducer& reducer_;
   std::span<const void* const> inputs_;
   void* output_;
   size_t count_;
-  size_t tile_ = 0;
-  std::vector<size_t> first_of_host_;
+  size_t most_local_;  // there are as many rings as the largest host has ranks
+  Portion piece_;      // of each rank's part
+  bool direct_ = true;
+  std::vector<const std::byte*> buffers_;  // by local rank, when direct_
 };
 
 }  // namespace
 
 void hosts_reduce_scatter(Context& context, const Reducer& reducer, std::span<const void* const> inputs,
                           void* output, size_t count) {
-  if (one_rank_each(context.topology)) return scatter_flat(context, reducer, inputs, output, count);
-  TiledScatter(context, reducer, inputs, output, count).run();
+  const HostPlan plan = plan_of(context.topology, context.team.mine());
+  ScatterReduce scatter(context, plan, reducer, inputs, output, count);
+  Wire wire(
+      context, plan, scatter.num_tiles(),
+      [&](size_t ring, size_t tile, size_t host) { return scatter.chunk_at(ring, tile, host); },
+      [&](const std::byte* incoming, const Wire::Chunk& target) {
+        reducer.merge(incoming, target.data, target.data, target.bytes / reducer.partial_bytes());
+      });
+  run_pipeline(context, scatter, wire, scatter.num_tiles());
+  if (scatter.zero_copy()) context.counters.add_zero_copy();
 }
 
 }  // namespace mlsys::comm

@@ -41,7 +41,7 @@ void Acceptor::step_pending(std::vector<Peer>& peers) {
   for (Handshake& handshake : pending_) {
     const HandshakeState state = handshake.step();
     if (state == HandshakeState::kDone) {
-      peers.push_back({handshake.take_fd(), handshake.peer(), handshake.purpose()});
+      peers.push_back({handshake.take_fd(), handshake.peer(), handshake.purpose(), handshake.lane()});
     } else if (state == HandshakeState::kFailed) {
       strangers_->turn_away(handshake.failure());
     } else if (now - handshake.started() > Handshake::kPatience) {

@@ -25,6 +25,7 @@ class Acceptor {
     UniqueFd fd;
     int rank = -1;
     Purpose purpose = Purpose::kData;
+    int lane = 0;
   };
 
   // `strangers` must outlive the acceptor.

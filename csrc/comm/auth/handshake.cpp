@@ -36,6 +36,7 @@ std::array<uint8_t, Hello::kBytes> encode(const Hello& hello) {
   put(&bytes[12], hello.size);
   put(&bytes[16], hello.group);
   std::memcpy(&bytes[24], hello.nonce.data(), hello.nonce.size());
+  put(&bytes[40], hello.lane);
   return bytes;
 }
 
@@ -55,8 +56,9 @@ std::optional<Hello> decode_hello(std::span<const uint8_t> bytes) {
   hello.size = read_as<int32_t>(&bytes[12]);
   hello.group = read_as<uint64_t>(&bytes[16]);
   std::memcpy(hello.nonce.data(), &bytes[24], hello.nonce.size());
+  hello.lane = read_as<uint16_t>(&bytes[40]);
   if (hello.rank < 0 || hello.rank >= hello.size) return std::nullopt;
-  for (size_t i = 40; i < Hello::kBytes; ++i) {
+  for (size_t i = 42; i < Hello::kBytes; ++i) {
     if (bytes[i] != 0) return std::nullopt;  // reserved
   }
   return hello;
@@ -80,9 +82,10 @@ Handshake::Handshake(UniqueFd fd, const Credentials& credentials, Stage stage)
       stage_(stage),
       started_(std::chrono::steady_clock::now()) {}
 
-Handshake Handshake::call(UniqueFd fd, const Credentials& credentials, Purpose purpose, int peer) {
+Handshake Handshake::call(UniqueFd fd, const Credentials& credentials, Purpose purpose, int peer, int lane) {
   Handshake handshake(std::move(fd), credentials, Stage::kSendHello);
-  handshake.hello_ = {purpose, credentials.rank, credentials.size, credentials.group, random_nonce()};
+  handshake.hello_ = {purpose,           credentials.rank, credentials.size,
+                      credentials.group, random_nonce(),   static_cast<uint16_t>(lane)};
   handshake.peer_ = peer;
   return handshake;
 }

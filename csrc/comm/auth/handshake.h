@@ -1,6 +1,6 @@
 // How two ranks prove to each other that they belong to the same job, before any payload moves.
 //
-//   caller   -> Hello      magic, version, purpose, rank, size, group, nonce
+//   caller   -> Hello      magic, version, purpose, rank, size, group, nonce, lane
 //   acceptor -> Challenge  nonce
 //   caller   -> Proof      HMAC(key, "caller"   | Hello | Challenge)
 //   acceptor -> Welcome    HMAC(key, "acceptor" | Hello | Challenge)
@@ -38,6 +38,7 @@ struct Hello {
   int32_t size = 0;
   uint64_t group = 0;  // hash of the group's name
   Nonce nonce{};
+  uint16_t lane = 0;  // which of the sockets between the two ranks this is
 };
 
 std::array<uint8_t, Hello::kBytes> encode(const Hello& hello);
@@ -64,7 +65,7 @@ class Handshake {
   static constexpr std::chrono::seconds kPatience{5};
 
   // Calls: sends Hello once the socket is writable.
-  static Handshake call(UniqueFd fd, const Credentials& credentials, Purpose purpose, int peer);
+  static Handshake call(UniqueFd fd, const Credentials& credentials, Purpose purpose, int peer, int lane = 0);
   // Accepts: waits for a Hello from anyone.
   static Handshake accept(UniqueFd fd, const Credentials& credentials);
 
@@ -80,6 +81,7 @@ class Handshake {
   UniqueFd take_fd() { return std::move(fd_); }
   int peer() const { return peer_; }  // group rank, known once done
   Purpose purpose() const { return hello_.purpose; }
+  int lane() const { return hello_.lane; }
   std::chrono::steady_clock::time_point started() const { return started_; }
   const std::string& failure() const { return failure_; }
 

@@ -50,32 +50,61 @@ std::vector<Identity> exchange_identities(Rendezvous& rendezvous, const Options&
 
 std::vector<uint8_t> bytes_of(const std::string& text) { return {text.begin(), text.end()}; }
 
-// "address|data port|message port"
-void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<Identity>& identities) {
+struct PublishedAddress {
+  std::string host;
+  uint16_t data_port = 0;
+  uint16_t message_port = 0;
+  int sockets_per_peer = 0;
+};
+
+// "address|data port|message port|sockets per peer"
+std::vector<uint8_t> encode(const PublishedAddress& address) {
+  return bytes_of(address.host + "|" + std::to_string(address.data_port) + "|" +
+                  std::to_string(address.message_port) + "|" + std::to_string(address.sockets_per_peer));
+}
+
+PublishedAddress decode_address(const std::vector<uint8_t>& bytes) {
+  const std::string text(bytes.begin(), bytes.end());
+  std::vector<std::string> parts(1);
+  for (const char c : text) {
+    if (c == '|') {
+      parts.emplace_back();
+    } else {
+      parts.back() += c;
+    }
+  }
+  if (parts.size() != 4) throw std::runtime_error("bad address in the store: " + text);
+  return {parts[0], static_cast<uint16_t>(std::stoul(parts[1])), static_cast<uint16_t>(std::stoul(parts[2])),
+          std::stoi(parts[3])};
+}
+
+void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<Identity>& identities,
+                        int sockets_per_peer) {
   const bool one_kernel = std::all_of(identities.begin(), identities.end(), [&](const Identity& identity) {
     return identity.boot_id == identities[0].boot_id && identity.network_space == identities[0].network_space;
   });
-  const std::string host = choose_address(one_kernel);
-  uint16_t data_port = 0, message_port = 0;
-  UniqueFd data_listener = listen_tcp(host, &data_port);
-  links.message_tcp_listener = listen_tcp(host, &message_port);
-  rendezvous.put("address", links.topology.rank,
-                 bytes_of(host + "|" + std::to_string(data_port) + "|" + std::to_string(message_port)));
+  PublishedAddress mine{choose_address(one_kernel), 0, 0, sockets_per_peer};
+  UniqueFd data_listener = listen_tcp(mine.host, &mine.data_port);
+  links.message_tcp_listener = listen_tcp(mine.host, &mine.message_port);
+  rendezvous.put("address", links.topology.rank, encode(mine));
   std::vector<TcpAddress> data(links.topology.members.size());
   for (int rank = 0; rank < links.topology.size; ++rank) {
     if (links.topology.is_local(rank)) continue;
-    const std::vector<uint8_t> bytes = rendezvous.get("address", rank, false);
-    const std::string text(bytes.begin(), bytes.end());
-    const size_t first = text.find('|'), second = text.rfind('|');
-    if (first == std::string::npos || first == second)
-      throw std::runtime_error("bad address in the store: " + text);
+    const PublishedAddress theirs = decode_address(rendezvous.get("address", rank, false));
+    if (theirs.sockets_per_peer != sockets_per_peer) {
+      throw std::invalid_argument(
+          "rank " + std::to_string(links.topology.global(links.topology.rank)) + " opens " +
+          std::to_string(sockets_per_peer) + " sockets to each peer and rank " +
+          std::to_string(links.topology.global(rank)) + " " + std::to_string(theirs.sockets_per_peer) +
+          ". Both ends need the same number. Set MLSYS_SOCKETS_PER_PEER to the same "
+          "value on all ranks, or nowhere.");
+    }
     const auto slot = static_cast<size_t>(rank);
-    data[slot] = {text.substr(0, first), static_cast<uint16_t>(std::stoul(text.substr(first + 1)))};
-    links.message_endpoints[slot].tcp = {data[slot].host,
-                                         static_cast<uint16_t>(std::stoul(text.substr(second + 1)))};
+    data[slot] = {theirs.host, theirs.data_port};
+    links.message_endpoints[slot].tcp = {theirs.host, theirs.message_port};
   }
   links.mesh = std::make_unique<Mesh>(links.topology, *links.faults, links.credentials, links.strangers,
-                                      std::move(data), std::move(data_listener));
+                                      std::move(data), std::move(data_listener), sockets_per_peer);
 }
 
 // The ranks of other hosts that this rank keeps a control connection to. The k-th ranks of two hosts pair up,
@@ -150,7 +179,9 @@ std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& option
   topology.hosts = shared.hosts;
   index_hosts(topology);
   share_memory(*links, shared);
-  if (topology.num_hosts() > 1) exchange_addresses(rendezvous, *links, identities);
+  if (topology.num_hosts() > 1) {
+    exchange_addresses(rendezvous, *links, identities, options.sockets_per_peer);
+  }
   std::map<int, Socket> controls = open_controls(*links, liveness, deadline);
   std::vector<int> listeners{links->message_unix_listener.get()};
   if (links->message_tcp_listener) listeners.push_back(links->message_tcp_listener.get());

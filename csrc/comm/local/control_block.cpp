@@ -11,7 +11,7 @@ constexpr size_t kPage = 4096;
 size_t page_up(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 struct Layout {
-  size_t presence, notices, slots, claims, stages, scratch, total;
+  size_t presence, notices, slots, claims, stages, wire_stages, scratch, total;
 };
 
 Layout layout(int local_size, int world_size) {
@@ -21,7 +21,8 @@ Layout layout(int local_size, int world_size) {
   l.slots = l.notices + page_up(sizeof(Notice) * world_size);
   l.claims = l.slots + page_up(sizeof(RankSlot) * local_size);
   l.stages = l.claims + page_up(sizeof(ClaimSet) * 2 * ControlBlock::kClaimPhases);
-  l.scratch = l.stages + ControlBlock::kStageBytes * local_size;
+  l.wire_stages = l.stages + ControlBlock::kStageBytes * local_size;
+  l.scratch = l.wire_stages + ControlBlock::kWireStageBytes * local_size;
   l.total = l.scratch + ControlBlock::kScratchBytes;
   return l;
 }
@@ -50,6 +51,7 @@ ControlBlock::ControlBlock(const UniqueFd& fd, int local_size, int world_size)
   slots_offset_ = l.slots;
   claims_offset_ = l.claims;
   stages_offset_ = l.stages;
+  wire_stages_offset_ = l.wire_stages;
   scratch_offset_ = l.scratch;
   mapping_ = Mapping(fd.get(), l.total);
 }

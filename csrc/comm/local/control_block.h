@@ -70,7 +70,9 @@ class ControlBlock {
   // Per local rank: two input and two output tiles.
   static constexpr size_t kTileBytes = 256 << 10;
   static constexpr size_t kStageBytes = 4 * kTileBytes;
-  // Per host: where leaders exchange with other hosts.
+  // Per local rank: its contributions to tiles that go to other hosts.
+  static constexpr size_t kWireStageBytes = 8 << 20;
+  // Per host: tiles that go to, or come from, other hosts. All of it is touched only as far as it is used.
   static constexpr size_t kScratchBytes = 16 << 20;
 
   // Claims of one operation: this many phases, twice, by parity of the arrival.
@@ -94,6 +96,7 @@ class ControlBlock {
     return reinterpret_cast<ClaimSet*>(at(claims_offset_))[parity * kClaimPhases + phase];
   }
   std::byte* stage(int local) const { return at(stages_offset_ + local * kStageBytes); }
+  std::byte* wire_stage(int local) const { return at(wire_stages_offset_ + local * kWireStageBytes); }
   std::byte* scratch() const { return at(scratch_offset_); }
   int local_size() const { return local_size_; }
   int world_size() const { return world_size_; }
@@ -108,6 +111,7 @@ class ControlBlock {
   size_t slots_offset_ = 0;
   size_t claims_offset_ = 0;
   size_t stages_offset_ = 0;
+  size_t wire_stages_offset_ = 0;
   size_t scratch_offset_ = 0;
   Mapping mapping_;
 };

@@ -132,6 +132,14 @@ void LocalTeam::count_done(ClaimSet& set, uint32_t total) {
 
 void LocalTeam::await_done(const ClaimSet& set, uint32_t total) const { wait_for(set.done, total, kAnyone); }
 
+bool LocalTeam::all_signalled(Counter counter, uint32_t n) const {
+  for (int local = 0; local < size_; ++local) {
+    const SharedCounter& shared = counter_of(counter, local);
+    if (!reached(shared.value.load(std::memory_order_acquire), base_[counter] + n)) return false;
+  }
+  return true;
+}
+
 // First spin, because the others are usually microseconds away; then let others run; then sleep on the
 // counter.
 void LocalTeam::wait_for(const SharedCounter& counter, uint32_t target, int local) const {

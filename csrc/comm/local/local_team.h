@@ -55,6 +55,8 @@ class LocalTeam {
   // Waits until `local` has signalled `counter` `n` times in this operation.
   void await(Counter counter, int local, uint32_t n) const;
   void await_all(Counter counter, uint32_t n) const;
+  // Whether all have by now, without waiting.
+  bool all_signalled(Counter counter, uint32_t n) const;
   void barrier() {
     signal(kFirst);
     await_all(kFirst, signals_[kFirst]);
@@ -72,6 +74,7 @@ class LocalTeam {
   void await_done(const ClaimSet& set, uint32_t total) const;
 
   std::byte* stage(int local) const { return block_.stage(local); }
+  std::byte* wire_stage(int local) const { return block_.wire_stage(local); }
   std::byte* scratch() const { return block_.scratch(); }
 
  private:

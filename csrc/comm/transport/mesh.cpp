@@ -1,11 +1,10 @@
 #include "comm/transport/mesh.h"
 
 #include <poll.h>
-#include <sys/socket.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <stdexcept>
 #include <system_error>
 
 namespace mlsys::comm {
@@ -20,21 +19,35 @@ constexpr std::chrono::milliseconds kBetweenCalls{50};
 }  // namespace
 
 Mesh::Mesh(const Topology& topology, const Faults& faults, const Credentials& credentials,
-           Strangers& strangers, std::vector<TcpAddress> addresses, UniqueFd listening)
+           Strangers& strangers, std::vector<TcpAddress> addresses, UniqueFd listening, int sockets_per_peer)
     : topology_(topology),
       faults_(faults),
       credentials_(credentials),
       addresses_(std::move(addresses)),
-      acceptor_(std::in_place, std::move(listening), credentials, strangers) {}
+      acceptor_(std::in_place, std::move(listening), credentials, strangers),
+      sockets_per_peer_(sockets_per_peer),
+      sockets_(sockets_per_peer) {}
 
 void Mesh::begin(const Descriptor& op, Clock::time_point deadline) {
+  if (num_unfinished_ != 0) {
+    throw std::runtime_error("rank " + std::to_string(topology_.global(topology_.rank)) + " called " +
+                             describe(op) + " after " + describe(op_) +
+                             " had failed with messages under way. A group that failed cannot go on: destroy "
+                             "it and create a new one.");
+  }
   op_ = op;
   deadline_ = deadline;
+  remaining_.clear();
+  greeter_ = -1;
 }
 
-int Mesh::poll_timeout_ms() const {
+int Mesh::poll_timeout_ms(int at_most_ms) const {
   const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline_ - Clock::now()).count();
-  return static_cast<int>(std::clamp<int64_t>(left, 0, 200));
+  return static_cast<int>(std::clamp<int64_t>(left, 0, at_most_ms));
+}
+
+bool Mesh::connected(int peer, Purpose purpose) const {
+  return purpose == Purpose::kControl ? control_.contains(peer) : sockets_.connected(peer);
 }
 
 void Mesh::ensure(std::span<const int> peers, Purpose purpose, const std::function<bool(int)>& is_dead) {
@@ -42,17 +55,20 @@ void Mesh::ensure(std::span<const int> peers, Purpose purpose, const std::functi
   std::vector<int> missing;
   for (const int peer : peers) {
     // The next and the previous host may be the same one.
-    if (peer == topology_.rank || sockets(purpose).contains(peer)) continue;
+    if (peer == topology_.rank || connected(peer, purpose)) continue;
     if (std::find(missing.begin(), missing.end(), peer) != missing.end()) continue;
     missing.push_back(peer);
-    if (peer < topology_.rank) calls.push_back({peer, std::nullopt});
+    if (peer > topology_.rank) continue;
+    const int num_lanes = purpose == Purpose::kControl ? 1 : sockets_per_peer_;
+    for (int lane = 0; lane < num_lanes; ++lane) calls.push_back({peer, lane, std::nullopt});
   }
   for (Call& call : calls) dial(call, purpose);
-  const auto have = [&](int peer) { return sockets(purpose).contains(peer); };
+  const auto have = [&](int peer) { return connected(peer, purpose); };
   while (std::erase_if(missing, have), !missing.empty()) {
     std::vector<pollfd> polls{{faults_.abort_fd(), POLLIN, 0}};
     acceptor_->append_polls(polls);
-    int limit_ms = is_dead ? std::min(poll_timeout_ms(), 20) : poll_timeout_ms();
+    int limit_ms =
+        is_dead ? std::min(poll_timeout_ms(kLongestSleepMs), 20) : poll_timeout_ms(kLongestSleepMs);
     for (const Call& call : calls) {
       if (call.handshake) {
         const bool writing = call.handshake->wants_to_write();
@@ -61,8 +77,10 @@ void Mesh::ensure(std::span<const int> peers, Purpose purpose, const std::functi
         limit_ms = std::min(limit_ms, 10);
       }
     }
+    sockets_.append_polls(polls);
     if (::poll(polls.data(), polls.size(), limit_ms) < 0 && errno != EINTR) throw_errno("poll");
     faults_.check();
+    progress();  // the greeting: who called something else does not connect
     serve_acceptor();
     std::erase_if(calls, [&](Call& call) { return progress(call, purpose, is_dead); });
     std::erase_if(missing, have);
@@ -79,7 +97,7 @@ void Mesh::dial(Call& call, Purpose purpose) const {
   ++call.num_tries;
   try {
     call.handshake.emplace(Handshake::call(connect_tcp(addresses_[static_cast<size_t>(call.peer)]),
-                                           credentials_, purpose, call.peer));
+                                           credentials_, purpose, call.peer, call.lane));
   } catch (const std::system_error& error) {  // refused at once: nobody listens there any more
     faults_.lost(call.peer, error.what(), op_);
   }
@@ -93,7 +111,7 @@ bool Mesh::progress(Call& call, Purpose purpose, const std::function<bool(int)>&
   const HandshakeState state = call.handshake->step();
   if (state == HandshakeState::kUnderWay) return false;
   if (state == HandshakeState::kDone) {
-    sockets(purpose)[call.peer] = Socket(call.handshake->take_fd());
+    add_socket(call.peer, purpose, call.lane, call.handshake->take_fd());
     return true;
   }
   if (is_dead && is_dead(call.peer))
@@ -115,98 +133,122 @@ Socket Mesh::take_control(int peer) {
   return socket;
 }
 
+// A second connection of a rank that is already connected can only be a confused job: the first one stays.
+void Mesh::add_socket(int peer, Purpose purpose, int lane, UniqueFd fd) {
+  Socket socket(std::move(fd));
+  if (purpose == Purpose::kControl) control_.try_emplace(peer, std::move(socket));
+  if (purpose == Purpose::kData) sockets_.attach(peer, lane, std::move(socket));
+}
+
 void Mesh::serve_acceptor() {
   for (Acceptor::Peer& peer : acceptor_->progress()) {
-    // A second connection of a rank that is already connected can only be a confused job: the first one
-    // stays.
-    if (peer.purpose != Purpose::kData && peer.purpose != Purpose::kControl) continue;
-    sockets(peer.purpose).try_emplace(peer.rank, Socket(std::move(peer.fd)));
+    add_socket(peer.rank, peer.purpose, peer.lane, std::move(peer.fd));
   }
 }
 
-int Mesh::fd_of(int peer) const { return data_.at(peer).fd(); }
-
-size_t Mesh::try_send(int peer, const void* data, size_t bytes) {
-  if (bytes == 0) return 0;
-  const ssize_t sent = ::send(fd_of(peer), data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
-  if (sent >= 0) {
-    bytes_sent_.fetch_add(static_cast<uint64_t>(sent), std::memory_order_relaxed);
-    return static_cast<size_t>(sent);
+template <class Post>
+Mesh::Message Mesh::post_pieces(Piece piece, size_t bytes, Post post) {
+  const auto message = static_cast<Message>(remaining_.size());
+  remaining_.push_back(static_cast<uint32_t>((bytes + kPieceBytes - 1) / kPieceBytes));
+  if (bytes != 0) ++num_unfinished_;
+  piece.message = message;
+  for (size_t left = bytes; left != 0; left -= piece.bytes, ++piece.lane, piece.data += kPieceBytes) {
+    piece.bytes = std::min(left, kPieceBytes);
+    post(piece);
   }
-  if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) return 0;
-  faults_.lost(peer, std::string("the connection broke while sending: ") + std::strerror(errno), op_);
+  return message;
 }
 
-size_t Mesh::try_receive(int peer, void* data, size_t bytes) {
-  if (bytes == 0) return 0;
-  const ssize_t got = ::recv(fd_of(peer), data, bytes, MSG_DONTWAIT);
-  if (got > 0) {
-    bytes_received_.fetch_add(static_cast<uint64_t>(got), std::memory_order_relaxed);
-    return static_cast<size_t>(got);
-  }
-  if (got == 0) faults_.lost(peer, "it closed its connection without leaving the group", op_);
-  if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) return 0;
-  faults_.lost(peer, std::string("the connection broke while receiving: ") + std::strerror(errno), op_);
+Mesh::Message Mesh::post(const Outgoing& outgoing) {
+  auto* data = const_cast<std::byte*>(static_cast<const std::byte*>(outgoing.data));
+  return post_pieces({outgoing.peer, outgoing.lane, data}, outgoing.bytes,
+                     [this](const Piece& piece) { sockets_.post_send(piece); });
 }
 
-void Mesh::wait(std::span<const int> readers, std::span<const int> writers) {
+Mesh::Message Mesh::post(const Incoming& incoming) {
+  return post_pieces({incoming.peer, incoming.lane, static_cast<std::byte*>(incoming.data)}, incoming.bytes,
+                     [this](const Piece& piece) { sockets_.post_receive(piece); });
+}
+
+bool Mesh::progress() {
+  completed_.clear();
+  bool moved = false;
+  try {
+    moved = sockets_.progress(completed_);
+  } catch (const Unreachable& lost) {
+    faults_.lost(lost.peer, lost.cause, op_);
+  }
+  for (const Message message : completed_) {
+    if (--remaining_[message] == 0) --num_unfinished_;
+  }
+  if (greeter_ >= 0 && done(greeting_)) check_greeting();
+  return moved;
+}
+
+bool Mesh::step(int at_most_ms) {
+  if (progress()) {
+    num_fruitless_ = 0;
+    return true;
+  }
+  if (++num_fruitless_ > kNumTries) {
+    num_fruitless_ = 0;
+    wait(at_most_ms);
+  }
+  return false;
+}
+
+void Mesh::wait(int at_most_ms) {
   std::vector<pollfd> polls{{faults_.abort_fd(), POLLIN, 0}};
-  for (const int peer : readers) polls.push_back({fd_of(peer), POLLIN, 0});
-  for (const int peer : writers) polls.push_back({fd_of(peer), POLLOUT, 0});
+  sockets_.append_polls(polls);
   const size_t num_data = polls.size();
   acceptor_->append_polls(polls);
-  if (::poll(polls.data(), polls.size(), poll_timeout_ms()) < 0 && errno != EINTR) throw_errno("poll");
-  faults_.check();
+  const int at_most = std::min(at_most_ms, sockets_.longest_sleep_ms());
+  if (::poll(polls.data(), polls.size(), poll_timeout_ms(at_most)) < 0 && errno != EINTR) throw_errno("poll");
   const auto acted = [](const pollfd& p) { return p.revents != 0; };
-  const auto strangers = polls.begin() + static_cast<ptrdiff_t>(num_data);
+  const auto data = polls.begin() + 1, strangers = polls.begin() + static_cast<ptrdiff_t>(num_data);
+  // What has come is taken first: a failure of the next operation must not end this one, if it can finish.
+  if (std::none_of(data, strangers, acted)) faults_.check();
   if (std::any_of(strangers, polls.end(), acted)) serve_acceptor();
   // Who knocks at the door does not put off the deadline.
   if (std::none_of(polls.begin(), strangers, acted) && Clock::now() >= deadline_)
-    faults_.give_up(readers.empty() ? writers : readers, op_);
+    faults_.give_up(sockets_.awaited(), op_);
+}
+
+void Mesh::finish() {
+  while (num_unfinished_ != 0) step();
 }
 
 void Mesh::transfer(std::span<const Outgoing> sends, std::span<const Incoming> receives) {
-  std::vector<Outgoing> out(sends.begin(), sends.end());
-  std::vector<Incoming> in(receives.begin(), receives.end());
-  std::erase_if(out, [](const Outgoing& o) { return o.bytes == 0; });
-  std::erase_if(in, [](const Incoming& i) { return i.bytes == 0; });
-  std::vector<int> readers, writers;
-  for (int tries = 0; !out.empty() || !in.empty();) {
-    bool moved = false;
-    writers.clear();
-    for (Outgoing& job : out) {
-      // Jobs for the same peer keep their order: only the first unfinished one may move.
-      if (std::find(writers.begin(), writers.end(), job.peer) != writers.end()) continue;
-      const size_t sent = try_send(job.peer, job.data, job.bytes);
-      job.data = static_cast<const std::byte*>(job.data) + sent;
-      job.bytes -= sent;
-      moved |= sent != 0;
-      if (job.bytes != 0) writers.push_back(job.peer);
-    }
-    readers.clear();
-    for (Incoming& job : in) {
-      if (std::find(readers.begin(), readers.end(), job.peer) != readers.end()) continue;
-      const size_t got = try_receive(job.peer, job.data, job.bytes);
-      job.data = static_cast<std::byte*>(job.data) + got;
-      job.bytes -= got;
-      moved |= got != 0;
-      if (job.bytes != 0) readers.push_back(job.peer);
-    }
-    std::erase_if(out, [](const Outgoing& o) { return o.bytes == 0; });
-    std::erase_if(in, [](const Incoming& i) { return i.bytes == 0; });
-    faults_.check();
-    if (out.empty() && in.empty()) return;
-    tries = moved ? 0 : tries + 1;
-    if (tries > kNumTries) {
-      wait(readers, writers);
-      tries = 0;
-    }
+  const auto first = static_cast<Message>(remaining_.size());
+  for (const Outgoing& send : sends) post(send);
+  for (const Incoming& receive : receives) post(receive);
+  const auto last = static_cast<Message>(remaining_.size());
+  for (Message message = first; message < last; ++message) {
+    while (!done(message)) step();
   }
+}
+
+void Mesh::greet(int next, int previous) {
+  post(Outgoing{next, &op_, sizeof(op_)});
+  greeting_ = post(Incoming{previous, &greeted_, sizeof(greeted_)});
+  greeter_ = previous;
+}
+
+// Each leader compares its own call with the previous host's: unless all are equal, some neighbours differ.
+void Mesh::check_greeting() {
+  const int greeter = greeter_;
+  greeter_ = -1;
+  if (!is_plausible(greeted_)) {
+    faults_.fail_mismatch("what came from rank " + std::to_string(topology_.global(greeter)) +
+                              " is no operation header: the ranks are out of step in " + describe(op_) + ".",
+                          op_);
+  }
+  if (!same_operation(op_, greeted_)) faults_.fail_mismatch(describe_mismatch(op_, greeted_), op_);
 }
 
 void Mesh::close() {
   acceptor_.reset();
-  data_.clear();
+  sockets_.close();
   control_.clear();
 }
 
