@@ -143,6 +143,7 @@ def comm() -> Extension:
         "csrc/core/*.cpp",
         "csrc/memory/*.cpp",
         "csrc/comm/**/*.cpp",
+        "csrc/optim/*.cpp",  # the fused step runs their rules
         "csrc/bindings/comm/*.cpp",
     )
     flags = {"cxx": CXX_FLAGS}

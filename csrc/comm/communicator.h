@@ -174,6 +174,26 @@ class Communicator {
                           Timeout timeout) = 0;
   virtual void barrier(Timeout timeout) = 0;
 
+  // --- sharded updates: every rank owns a part of a buffer, reduces it, and produces what all ranks get.
+  // Inside a host, with all buffers in the shared arena, each is one pass; elsewhere (several hosts, private
+  // memory) they are composed of reduce_scatter and all_gather, with their orders of summation.
+  //
+  // Rows of size() + 1 ascending element offsets, equal on all ranks: rank r owns [row[r], row[r + 1]) of
+  // each.
+  using Partition = std::span<const size_t>;
+  // Sees elements [first, first + count) of what this rank owns, reduced; in ascending order, tile by tile.
+  using OnTile = std::function<void(const void* reduced, size_t first, size_t count)>;
+  // What this rank owns of `data` becomes the reduction; the rest keeps this rank's contribution.
+  virtual void reduce_shard(void* data, size_t count, Reduction reduction, Partition partition,
+                            const OnTile& on_tile, Timeout timeout) = 0;
+  // Reduces what this rank owns of `gradients`, tile by tile, without storing it; `update` writes what
+  // follows from a tile into the same elements of this rank's `parameters`, from where every rank gets it.
+  // With `is_reduced`, reduce_shard has reduced the gradients already. When a rank dies on the way,
+  // parameters are old in some tiles and new in others.
+  virtual void reduce_scatter_optimize_all_gather(const void* gradients, void* parameters, size_t count,
+                                                  Reduction reduction, Partition partition, bool is_reduced,
+                                                  const OnTile& update, Timeout timeout) = 0;
+
   // --- point to point
   // --------------------------------------------------------------------------------------- The buffer must
   // stay valid until the request completes. Messages between a pair with equal tags arrive in order; a

@@ -40,6 +40,11 @@ class Engine final : public Communicator {
                   std::span<void* const> outputs, std::span<const size_t> recv_bytes,
                   Timeout timeout) override;
   void barrier(Timeout timeout) override;
+  void reduce_shard(void* data, size_t count, Reduction reduction, Partition partition, const OnTile& on_tile,
+                    Timeout timeout) override;
+  void reduce_scatter_optimize_all_gather(const void* gradients, void* parameters, size_t count,
+                                          Reduction reduction, Partition partition, bool is_reduced,
+                                          const OnTile& update, Timeout timeout) override;
 
   std::shared_ptr<Request> send(const void* data, size_t bytes, int destination, uint64_t tag) override;
   std::shared_ptr<Request> recv(void* data, size_t bytes, int source, uint64_t tag) override;
@@ -78,6 +83,11 @@ class Engine final : public Communicator {
   // What this rank sends to the ranks of its host; `piece_for` a group rank.
   std::vector<ExchangeEntry> exchange_entries(
       const std::function<std::span<const std::byte>(int)>& piece_for);
+  // The sharded updates inside one host with all buffers in the arena; false when that is not the case.
+  bool reduce_shard_directly(void* data, size_t count, const Reduction& reduction, Partition partition,
+                             const OnTile& on_tile, Timeout timeout);
+  bool optimize_directly(const void* gradients, void* parameters, size_t count, const Reduction& reduction,
+                         Partition partition, bool is_reduced, const OnTile& update, Timeout timeout);
   Links& links();
   // Calls what on_failure() was given, unless that happened before.
   void tell_of_failure();

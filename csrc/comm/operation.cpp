@@ -13,6 +13,8 @@ bool is_reduction(OpKind kind) {
     case OpKind::kReduceScatterTree:
     case OpKind::kAllReduceBf16:
     case OpKind::kAllReduceInt8:
+    case OpKind::kReduceShard:
+    case OpKind::kFusedStep:
       return true;
     default:
       return false;
@@ -50,7 +52,9 @@ const char* name_of(OpKind kind) {
                                     "all_reduce_tree",
                                     "reduce_scatter_tree",
                                     "all_reduce_compressed to bf16",
-                                    "all_reduce_compressed to int8"};
+                                    "all_reduce_compressed to int8",
+                                    "reduce_shard",
+                                    "reduce_scatter_optimize_all_gather"};
   const auto index = static_cast<size_t>(kind);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }

@@ -25,7 +25,9 @@ enum class OpKind : uint8_t {
   kReduceScatterTree,
   kAllReduceBf16,
   kAllReduceInt8,
-  kLast = kAllReduceInt8,
+  kReduceShard,
+  kFusedStep,
+  kLast = kFusedStep,
 };
 
 // Published before every collective, in shared memory and on the wire; the layout is the wire format

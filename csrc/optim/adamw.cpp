@@ -3,9 +3,14 @@
 
 #include "optim/launch.h"
 #include "optim/step.h"
+#include "optim/tile_step.h"
 
 namespace mlsys {
 
 void adamw_step(const StepArguments& args) { step_segments<AdamW>(args); }
+
+std::unique_ptr<TileStep> adamw_tile_step(const StepArguments& args) {
+  return std::make_unique<TableTileStep<AdamW>>(args);
+}
 
 }  // namespace mlsys

@@ -23,6 +23,8 @@ struct FloatSpan {
 };
 // Sum of squares over all spans, in double; see sum_of_squares.cpp for the order.
 double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor pool);
+// Of one chunk, at most kChunkElements: the term of that sum, for those who add up the terms themselves.
+double chunk_sum_of_squares(const FloatSpan& chunk);
 
 namespace cuda {
 

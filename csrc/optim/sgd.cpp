@@ -3,9 +3,14 @@
 
 #include "optim/launch.h"
 #include "optim/step.h"
+#include "optim/tile_step.h"
 
 namespace mlsys {
 
 void sgd_step(const StepArguments& args) { step_segments<MomentumSgd, PlainSgd>(args); }
+
+std::unique_ptr<TileStep> sgd_tile_step(const StepArguments& args) {
+  return std::make_unique<TableTileStep<MomentumSgd, PlainSgd>>(args);
+}
 
 }  // namespace mlsys

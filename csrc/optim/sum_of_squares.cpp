@@ -43,6 +43,12 @@ struct Chunk {
 
 }  // namespace
 
+double chunk_sum_of_squares(const FloatSpan& chunk) {
+  double sum = 0.0;
+  run_simd(simd_level(), ChunkSum{}, chunk.data, chunk.numel, &sum);
+  return sum;
+}
+
 double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor pool) {
   std::vector<Chunk> chunks;
   chunks.reserve(static_cast<size_t>(num_spans));

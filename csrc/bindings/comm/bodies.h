@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "comm/communicator.h"
@@ -43,5 +44,22 @@ Body all_reduce_sparse(at::Tensor tensor);
 // A barrier at which rank 0 notices who does not come: the first missing rank, or with `name_all` every one.
 // `number` counts the monitored barriers of the group and keeps their messages apart.
 Body monitored_barrier(uint64_t number, bool name_all);
+
+// bodies_sharded.cpp
+// A rule of csrc/optim and what it works on; the tensors keep alive what the segments' addresses name.
+struct OptimizerTable {
+  std::string rule;
+  at::Tensor segments;  // int64 [n, kSegmentColumns]
+  at::Tensor hyper;     // float64 [groups, kHyperColumns]
+  at::Tensor steps;     // float32
+  double grad_scale = 1.0;
+};
+// `chunks` and `sums` may be undefined: then no squares are summed.
+Body reduce_shard_body(at::Tensor data, comm::Reduction reduction, std::vector<size_t> partition,
+                       at::Tensor chunks, at::Tensor sums);
+Body fused_step_body(at::Tensor gradients, at::Tensor parameters, comm::Reduction reduction,
+                     std::vector<size_t> partition, bool is_reduced, OptimizerTable table);
+// `partition` in bytes: every rank gets what each owns.
+Body share_shards_body(at::Tensor data, std::vector<size_t> partition);
 
 }  // namespace mlsys::binding

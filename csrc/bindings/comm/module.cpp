@@ -4,6 +4,9 @@
 #include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+#include <utility>
+
 #include "bindings/comm/cuda_ipc.h"
 #include "bindings/comm/direct.h"
 #include "bindings/comm/failures.h"
@@ -86,6 +89,28 @@ PYBIND11_MODULE(_comm, m) {
              return group.membership()->communicator().in_arena(reinterpret_cast<const void*>(address),
                                                                 bytes);
            })
+      .def(
+          "reduce_shard",
+          [](ProcessGroupMlsys& group, const at::Tensor& data, std::vector<size_t> partition,
+             const std::optional<at::Tensor>& chunks, const std::optional<at::Tensor>& sums, bool async) {
+            return group.reduce_shard(data, std::move(partition), chunks.value_or(at::Tensor()),
+                                      sums.value_or(at::Tensor()), async);
+          },
+          py::arg("data"), py::arg("partition"), py::arg("chunks"), py::arg("sums"), py::arg("async_op"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "reduce_scatter_optimize_all_gather",
+          [](ProcessGroupMlsys& group, const at::Tensor& gradients, const at::Tensor& parameters,
+             std::vector<size_t> partition, bool is_reduced, std::string rule, const at::Tensor& segments,
+             const at::Tensor& hyper, const at::Tensor& steps, double grad_scale, bool async) {
+            return group.fused_step(gradients, parameters, std::move(partition), is_reduced,
+                                    {std::move(rule), segments, hyper, steps, grad_scale}, async);
+          },
+          py::arg("gradients"), py::arg("parameters"), py::arg("partition"), py::arg("is_reduced"),
+          py::arg("rule"), py::arg("segments"), py::arg("hyper"), py::arg("steps"), py::arg("grad_scale"),
+          py::arg("async_op"), py::call_guard<py::gil_scoped_release>())
+      .def("share_shards", &ProcessGroupMlsys::share_shards, py::arg("data"), py::arg("partition"),
+           py::arg("async_op"), py::call_guard<py::gil_scoped_release>())
       .def("describe_transports",
            [](ProcessGroupMlsys& group) { return group.membership()->communicator().describe_transports(); })
       .def("all_reduce_tree", &ProcessGroupMlsys::all_reduce_tree, py::call_guard<py::gil_scoped_release>())

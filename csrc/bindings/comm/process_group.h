@@ -78,6 +78,13 @@ class ProcessGroupMlsys final : public c10d::Backend {
   WorkPtr recv(std::vector<at::Tensor>& tensors, int source, int tag) override;
   WorkPtr recvAnysource(std::vector<at::Tensor>& tensors, int tag) override;
 
+  // process_group_sharded.cpp: the sharded updates (comm::Communicator says what they do)
+  WorkPtr reduce_shard(const at::Tensor& data, std::vector<size_t> partition, const at::Tensor& chunks,
+                       const at::Tensor& sums, bool async);
+  WorkPtr fused_step(const at::Tensor& gradients, const at::Tensor& parameters, std::vector<size_t> partition,
+                     bool is_reduced, OptimizerTable table, bool async);
+  WorkPtr share_shards(const at::Tensor& data, std::vector<size_t> partition, bool async);
+
   bool supportsTensorAlloc(c10::DeviceIndex device) override;
   at::Tensor allocateTensor(long size, at::TensorOptions options) override;
 

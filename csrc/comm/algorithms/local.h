@@ -32,4 +32,13 @@ struct ExchangeEntry {
 void local_exchange(Context& context, std::span<const void* const> inputs, std::span<const size_t> send_bytes,
                     std::span<void* const> outputs, std::span<const size_t> receive_bytes);
 
+// The passes of a sharded update; see local_sharded.cpp. Buffers are each local rank's, in the shared arena.
+using LocalBuffers = std::span<std::byte* const>;
+void local_reduce_shard(Context& context, const Reducer& reducer, LocalBuffers buffers,
+                        Communicator::Partition partition, const Communicator::OnTile& on_tile);
+// `gradients` holds this rank's alone when they are reduced already.
+void local_fused_step(Context& context, const Reducer& reducer, LocalBuffers gradients,
+                      LocalBuffers parameters, Communicator::Partition partition,
+                      const Communicator::OnTile& update);
+
 }  // namespace mlsys::comm
