@@ -1,6 +1,6 @@
 """What a checkpoint holds, and the flat keys under which torch.distributed.checkpoint stores it.
 
-    model/<fqn>                a tensor with its global shape (DTensor shards keep their offsets)
+    model/<fqn>                a tensor with its global shape (shards keep their offsets)
     optimizer/<fqn>/<name>     one piece of optimizer state of one parameter
     optimizer_groups           hyper-parameters of every group, parameters by name
     shared                     the same on every rank: scheduler, data position, seed, ...
@@ -13,7 +13,7 @@ off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +32,17 @@ class Contents:
     optimizer_groups: list[dict[str, Any]]
     shared: Mapping[str, Any] = field(default_factory=dict)
     own: Mapping[str, Any] = field(default_factory=dict)  # this rank's
+    # Of a template: where state (by FQN and name) goes that does not exist yet; None: to every rank whole.
+    place: Callable[[str, str], Any | None] | None = None
 
     @classmethod
     def of_runner_state(
-        cls, state: Mapping[str, Any], *, shared: Mapping[str, Any], own: Mapping[str, Any]
+        cls,
+        state: Mapping[str, Any],
+        *,
+        shared: Mapping[str, Any],
+        own: Mapping[str, Any],
+        place: Callable[[str, str], Any | None] | None = None,
     ) -> Contents:
         """From a Runner's `state_dict()` and what the trainer adds to it."""
         optimizer = state["optimizer"]
@@ -45,6 +52,7 @@ class Contents:
             optimizer_groups=list(optimizer["param_groups"]),
             shared={**shared, **{key: state[key] for key in _SHARED_OF_RUNNER if key in state}},
             own={**own, **{key: state[key] for key in _OWN_OF_RUNNER if key in state}},
+            place=place,
         )
 
     def runner_state(self) -> dict[str, Any]:
@@ -71,12 +79,18 @@ def flatten(contents: Contents, rank: int) -> dict[str, Any]:
     return flat
 
 
+def optimizer_key(key: str) -> tuple[str, str]:
+    """(fqn, name) of a key optimizer/<fqn>/<name>."""
+    fqn, name = key.removeprefix("optimizer/").rsplit("/", 1)
+    return fqn, name
+
+
 def unflatten(flat: Mapping[str, Any], rank: int) -> Contents:
     """The inverse of flatten, for what rank `rank` has loaded."""
     optimizer_state: dict[str, dict[str, Any]] = {}
     for key in flat:
         if key.startswith("optimizer/"):
-            fqn, name = key.removeprefix("optimizer/").rsplit("/", 1)
+            fqn, name = optimizer_key(key)
             optimizer_state.setdefault(fqn, {})[name] = flat[key]
     return Contents(
         model={key.removeprefix("model/"): flat[key] for key in flat if key.startswith("model/")},

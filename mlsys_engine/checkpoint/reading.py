@@ -14,10 +14,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from mlsys_engine.checkpoint import folder
 from mlsys_engine.checkpoint.agreement import raise_together, rank_and_size
-from mlsys_engine.checkpoint.contents import Contents, flatten, rank_key, unflatten
+from mlsys_engine.checkpoint.contents import Contents, flatten, optimizer_key, rank_key, unflatten
 from mlsys_engine.checkpoint.marker import Marker, check_files, read_marker, verify
 from mlsys_engine.checkpoint.safe_reading import SafeLoadPlanner, SafeReader
 from mlsys_engine.errors import CheckpointError
+from mlsys_engine.memory.flat_shard import FlatShard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,11 @@ def _targets(
             targets[key] = None
             continue
         target = expected.get(key)
-        if isinstance(target, torch.Tensor) and target.shape == record.size:
+        if target is None and key.startswith("optimizer/") and template.place is not None:
+            target = template.place(*optimizer_key(key))
+        if isinstance(target, torch.Tensor | FlatShard) and target.shape == record.size:
             targets[key] = target
-        else:  # state that the optimizer has not created yet; it is replicated, or the template would hold it
+        else:  # state that the optimizer has not created yet, and that every rank has all of
             targets[key] = torch.empty(record.size, dtype=record.properties.dtype)
     return targets
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from mlsys_engine.errors import CheckpointError
+from mlsys_engine.memory.flat_shard import FlatShard
 
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -83,6 +84,13 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """Called by DCP for every tensor to read into; it would not look for a FlatShard itself."""
+        found = self.state_dict[index.fqn]
+        if isinstance(found, FlatShard):
+            return found.__get_tensor_shard__(index)
+        return super().lookup_tensor(index)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Called by DCP for every non-tensor value."""

@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from mlsys_engine.checkpoint import folder
 from mlsys_engine.checkpoint.agreement import raise_together, rank_and_size
 from mlsys_engine.checkpoint.contents import Contents, flatten
 from mlsys_engine.checkpoint.marker import SCHEMA_VERSION, FileRecord, Marker, record_file, write_marker
 from mlsys_engine.errors import CheckpointError
+from mlsys_engine.memory.flat_shard import FlatShard
 
 DEFAULT_KEEP_LAST = 3
 
@@ -45,7 +48,7 @@ def save(
         dcp.save(
             flatten(contents, rank),
             storage_writer=dcp.FileSystemWriter(temporary, sync_files=True),
-            planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )
     files = _record_files(temporary, rank, world_size, group)
@@ -66,6 +69,18 @@ def save(
     if world_size > 1:
         dist.barrier(group)  # no rank may go on, and perhaps leave, before the name is final
     return final
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """DCP's planner, which asks a FlatShard for its boxes, but looks for them in tensors only."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        return (
+            found.__get_tensor_shard__(index)
+            if isinstance(found, FlatShard)
+            else super().lookup_object(index)
+        )
 
 
 def _prepare(directory: Path, temporary: Path) -> CheckpointError | None:

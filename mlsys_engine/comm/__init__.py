@@ -23,6 +23,12 @@ from mlsys_engine.comm.functional import (
     scatter,
     send,
 )
+from mlsys_engine.comm.sharded import (
+    RuleTable,
+    reduce_scatter_optimize_all_gather,
+    reduce_shard,
+    share_shards,
+)
 from mlsys_engine.comm.tree import all_reduce_tree, reduce_scatter_tree
 from mlsys_engine.errors import CollectiveMismatchError, CollectiveTimeoutError, PeerFailedError
 
@@ -32,6 +38,7 @@ __all__ = [
     "CollectiveTimeoutError",
     "Counters",
     "PeerFailedError",
+    "RuleTable",
     "all_gather",
     "all_reduce",
     "all_reduce_compressed",
@@ -49,9 +56,12 @@ __all__ = [
     "recv",
     "reduce",
     "reduce_scatter",
+    "reduce_scatter_optimize_all_gather",
     "reduce_scatter_tree",
+    "reduce_shard",
     "scatter",
     "send",
+    "share_shards",
 ]
 
 register()

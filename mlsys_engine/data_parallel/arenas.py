@@ -57,12 +57,15 @@ class ModelArenas:
         buckets: Sequence[Bucket],
         parameters: Mapping[str, nn.Parameter],
         allocate_gradients: Allocate | None = None,
+        allocate_parameters: Allocate | None = None,
     ) -> None:
         self.pairs: dict[str, ArenaPair] = {}
         memories: dict[int, BucketMemory] = {}
         for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
             mine = {index: bucket for index, bucket in enumerate(buckets) if bucket.dtype == dtype}
-            self.pairs[dtype] = _build_pair(tuple(mine.values()), parameters, allocate_gradients)
+            self.pairs[dtype] = _build_pair(
+                tuple(mine.values()), parameters, allocate_gradients, allocate_parameters
+            )
             memories |= zip(mine, _split(buckets, mine, self.pairs[dtype], parameters), strict=True)
         self.buckets = tuple(memories[index] for index in range(len(buckets)))
         self.places = tuple(place for bucket in self.buckets for place in bucket.places)
@@ -90,13 +93,16 @@ class ModelArenas:
 
 
 def _build_pair(
-    buckets: Sequence[Bucket], parameters: Mapping[str, nn.Parameter], allocate_gradients: Allocate | None
+    buckets: Sequence[Bucket],
+    parameters: Mapping[str, nn.Parameter],
+    allocate_gradients: Allocate | None,
+    allocate_parameters: Allocate | None,
 ) -> ArenaPair:
     dtype = DTYPES[buckets[0].dtype]
     slots = layout_slots([(slot.name, slot.shape) for bucket in buckets for slot in bucket.slots], dtype)
     device = parameters[slots[0].name].device
     return ArenaPair(
-        parameters=FlatArena.build(slots, dtype, device=device),
+        parameters=FlatArena.build(slots, dtype, allocate_parameters, device=device),
         gradients=FlatArena.build(slots, dtype, allocate_gradients, device=device),
     )
 

@@ -16,9 +16,11 @@ from mlsys_engine.data_parallel.accumulation import Accumulation, InOrder, LeafT
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
 from mlsys_engine.data_parallel.reducer import Reducer
-from mlsys_engine.data_parallel.reductions import make_reduction
+from mlsys_engine.data_parallel.reductions import Reduction, make_reduction
 from mlsys_engine.data_parallel.runner import DataParallelRunner
-from mlsys_engine.data_parallel.update import OptimizerFactory, make_optimizer, make_update
+from mlsys_engine.data_parallel.sharded import ShardedUpdate, ShardReduction, check_shardable, num_chunks
+from mlsys_engine.data_parallel.statistics import StepStatistics
+from mlsys_engine.data_parallel.update import OptimizerFactory, Update, make_optimizer, make_update
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import Allocate
 from mlsys_engine.numerics import Loss, seed_data_rank
@@ -52,25 +54,41 @@ def build_runner(
     if plan.numerics == "world_invariant":
         invariance.check_model(model, device)
     built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
-    arenas = ModelArenas(plan.buckets, parameters, _gradient_allocator(group, device))
+    sharded = plan.shard == "optimizer"
+    if sharded:
+        check_shardable(built)
+    allocate = _shared_allocator(group, device)
+    arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None)
     if group is not None:
         _broadcast_model(model, arenas, group)
-    reduction = None if group is None else make_reduction(plan, arenas.buckets, group, device)
+    guard.guard(model)
+    buffers = BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group))
+    update: Update
+    reduction: Reduction | None
+    if sharded and group is not None:  # a world of one owns everything
+        native = check_shardable(built)
+        statistics = StepStatistics(len(arenas.places), buffers.num_watched, device, num_chunks(native))
+        reduction = ShardReduction(plan, native, arenas.buckets, statistics.norm_terms, group)
+        update = ShardedUpdate(plan, native, arenas, statistics.norm_terms, group)
+    else:
+        statistics = StepStatistics(len(arenas.places), buffers.num_watched, device)
+        reduction = None if group is None else make_reduction(plan, arenas.buckets, group, device)
+        update = make_update(built, arenas)
     invariant = plan.numerics == "world_invariant"
     sum_over_ranks = comm.all_reduce_tree if invariant else dist.all_reduce
     reducer = Reducer(arenas.buckets, reduction, automatic=not invariant)
-    guard.guard(model)
     runner = DataParallelRunner(
         plan=plan,
         model=model,
         optimizer=built,
-        update=make_update(built, arenas),
+        update=update,
         arenas=arenas,
         reducer=reducer,
         reduction=reduction,
         accumulation=_accumulation(plan, reducer, arenas, group, device),
         sum_over_ranks=_collective(sum_over_ranks, group),
-        buffers=BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group)),
+        buffers=buffers,
+        statistics=statistics,
         loss=loss,
         max_grad_norm=max_grad_norm,
         group=group,
@@ -106,8 +124,8 @@ def _collective(function: Callable[..., Any], group: dist.ProcessGroup | None) -
     return None if group is None else functools.partial(function, group=group, async_op=True)
 
 
-def _gradient_allocator(group: dist.ProcessGroup | None, device: torch.device) -> Allocate | None:
-    """Gradients live in the arena that ranks share, where the collectives reduce them without a copy."""
+def _shared_allocator(group: dist.ProcessGroup | None, device: torch.device) -> Allocate | None:
+    """Memory in the arena that ranks share, where collectives work without a copy."""
     if group is None or device.type != "cpu":
         return None
     return lambda numel, dtype: comm.empty(numel, dtype=dtype, group=group)

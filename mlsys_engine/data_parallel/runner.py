@@ -28,6 +28,7 @@ from mlsys_engine.data_parallel.reductions import Reduction
 from mlsys_engine.data_parallel.statistics import StepStatistics
 from mlsys_engine.data_parallel.update import Update
 from mlsys_engine.errors import CheckpointError, DataError
+from mlsys_engine.memory.flat_shard import FlatShard
 from mlsys_engine.numerics import (
     Loss,
     call_model,
@@ -56,6 +57,7 @@ class DataParallelRunner:
         accumulation: Accumulation,
         sum_over_ranks: Callable[..., Any] | None,
         buffers: BufferSync,
+        statistics: StepStatistics,
         loss: Loss | None,
         max_grad_norm: float | None,
         group: dist.ProcessGroup | None,
@@ -69,7 +71,7 @@ class DataParallelRunner:
         self._loss, self._max_grad_norm = loss, max_grad_norm
         self._causal = shifts_labels(model)
         self._group, self._device = group, device
-        self._statistics = StepStatistics(len(arenas.places), buffers.num_watched, device)
+        self._statistics = statistics
 
     @property
     def data_rank(self) -> int:
@@ -93,6 +95,7 @@ class DataParallelRunner:
         A rank may have fewer microbatches than the others, or none. Afterwards `.grad` of every parameter
         that some rank used is the reduced gradient: the sum over everything counted with the engine's
         optimizers (divide by `num_tokens` for the mean), mean and clipped with torch's, which need it so.
+        With sharded optimizer state no rank has all of it, and `.grad` is None.
         """
         if not isinstance(batches, list | tuple):
             raise DataError(
@@ -112,6 +115,7 @@ class DataParallelRunner:
             raise
 
     def _accumulate(self, batches: Sequence[Any], clock: _Clock) -> None:
+        self._statistics.clear()
         loss_sum, count = self._accumulation.run(batches, self._forward, clock.lap)
         changed = self._buffers.changed()
         if self.plan.numerics == "world_invariant" and any(changed):
@@ -164,12 +168,13 @@ class DataParallelRunner:
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU.
 
+        A sharded optimizer's moments are FlatShards; with `full` they are gathered, so every rank calls it.
         A compressed reduction adds "reduction", which is this rank's alone; world-invariant numerics add
         "accumulation", the same on every rank.
         """
         result = {
             "model": state.model_state(self._model, full),
-            "optimizer": state.optimizer_state(self._optimizer, self._model, full),
+            "optimizer": self._update.optimizer_state(self._model, full),
         }
         if self._reduction is not None and (own := self._reduction.state_dict()):
             result["reduction"] = state.copied(own) if full else own
@@ -192,10 +197,17 @@ class DataParallelRunner:
             )
         state.load_model_state(self._model, state_dict["model"])
         if "optimizer" in state_dict:
-            state.load_optimizer_state(self._optimizer, self._model, state_dict["optimizer"])
+            self._update.load_optimizer_state(self._model, state_dict["optimizer"])
             if self._reduction is not None and self._reduction.state_dict():
                 self._reduction.load_state_dict(state_dict.get("reduction", {}))
             self._accumulation.load_state_dict(state_dict.get("accumulation", {}))
+
+    def place_state(self, name: str, key: str) -> FlatShard | None:
+        """Where a checkpoint's piece `key` of the optimizer state of parameter `name` is loaded to.
+
+        For state that does not exist yet; None where every rank has all of it.
+        """
+        return self._update.place_state(name, key)
 
     def close(self) -> None:
         """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards."""

@@ -67,6 +67,7 @@ def load_optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]
 ) -> None:
     """Gives the optimizer the state that `optimizer_state` returned; groups must hold the same parameters."""
+    check_names(optimizer, model, state["state"])
     packed = optimizer.state_dict()
     names = _packed_names(optimizer, packed, model)
     indices = {name: index for index, name in names.items()}
@@ -78,12 +79,6 @@ def load_optimizer_state(
             f"This optimizer has groups of {[len(group) for group in own_groups]}, with equal names in each.",
             "Build the optimizer with the parameter groups of the checkpoint.",
         )
-    if unexpected := state["state"].keys() - indices.keys():
-        raise CheckpointError(
-            f"An optimizer state{_named(' with unexpected', unexpected)}.",
-            "Its names are those of this optimizer's parameters.",
-            "Load a checkpoint of this model.",
-        )
     loaded_groups = [
         {key: value for key, value in saved.items() if key != "params"}
         | {key: group[key] for key in ("params", "param_names") if key in group}
@@ -92,6 +87,17 @@ def load_optimizer_state(
     # Cloned, because torch's optimizers keep the tensors they are given and step them in place.
     values = {indices[name]: _cloned(dict(value)) for name, value in state["state"].items()}
     optimizer.load_state_dict({"state": values, "param_groups": loaded_groups})
+
+
+def check_names(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for state by names that are not those of the optimizer's parameters."""
+    known = set(_packed_names(optimizer, optimizer.state_dict(), model).values())
+    if unexpected := state.keys() - known:
+        raise CheckpointError(
+            f"An optimizer state{_named(' with unexpected', unexpected)}.",
+            "Its names are those of this optimizer's parameters.",
+            "Load a checkpoint of this model.",
+        )
 
 
 def _packed_names(

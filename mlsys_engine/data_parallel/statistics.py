@@ -8,21 +8,35 @@ import torch
 
 
 class StepStatistics:
-    """A float64 vector [loss sum, count, a mark for each parameter, a mark for each watched buffer].
+    """A float64 vector [loss sum, count, a mark for each parameter, one for each watched buffer, norm terms].
 
-    Marks are summed, so a positive one means "some rank". Counts are exact up to 2**53.
+    Marks are summed, so a positive one means "some rank". Counts are exact up to 2**53. A term of the norm
+    comes from the one rank that owns it, and zeros from the others leave its bits alone.
     """
 
-    def __init__(self, num_parameters: int, num_buffers: int, device: torch.device) -> None:
-        self.vector = torch.zeros(2 + num_parameters + num_buffers, dtype=torch.float64, device=device)
+    def __init__(
+        self, num_parameters: int, num_buffers: int, device: torch.device, num_norm_terms: int = 0
+    ) -> None:
         self._num_parameters = num_parameters
+        self._num_marks = num_parameters + num_buffers
+        length = 2 + self._num_marks + num_norm_terms
+        self.vector = torch.zeros(length, dtype=torch.float64, device=device)
+
+    @property
+    def norm_terms(self) -> torch.Tensor:
+        """A view: this rank's terms before the reduction, everybody's after it."""
+        return self.vector[2 + self._num_marks :]
+
+    def clear(self) -> None:
+        """Before a step."""
+        self.vector.zero_()
 
     def fill(
         self, loss_sum: torch.Tensor, count: torch.Tensor, used: Sequence[bool], changed: Sequence[bool]
     ) -> None:
         """This rank's share, before the reduction."""
         self.vector[0], self.vector[1] = loss_sum, count
-        self.vector[2:] = torch.tensor([*used, *changed], dtype=torch.float64)
+        self.vector[2 : 2 + self._num_marks] = torch.tensor([*used, *changed], dtype=torch.float64)
 
     @property
     def loss_sum(self) -> torch.Tensor:
@@ -38,4 +52,4 @@ class StepStatistics:
 
     def changed_anywhere(self) -> list[bool]:
         """One flag a watched buffer. Reading it waits for the device."""
-        return (self.vector[2 + self._num_parameters :] > 0).tolist()
+        return (self.vector[2 + self._num_parameters : 2 + self._num_marks] > 0).tolist()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
 
+from mlsys_engine.data_parallel import state
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import FlatArena
+from mlsys_engine.memory.flat_shard import FlatShard
 from mlsys_engine.numerics import GradientScale
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
@@ -36,11 +38,37 @@ class Update(Protocol):
     def step(self, scale: GradientScale) -> None:
         """Multiplies the gradient by `scale.scale` and steps; does nothing at all where `scale.skip`."""
 
+    def optimizer_state(self, model: nn.Module, full: bool) -> dict[str, Any]:
+        """As Runner.state_dict has it; live tensors, or with `full` private copies."""
 
-class FusedUpdate:
+    def load_optimizer_state(self, model: nn.Module, loaded: Mapping[str, Any]) -> None:
+        """Takes over what `optimizer_state` returned, here or under another layout."""
+
+    def place_state(self, name: str, key: str) -> FlatShard | None:
+        """Where a checkpoint's piece `key` of the state of parameter `name` is loaded to; None: anywhere."""
+
+
+class _WholeState:
+    """The state of an optimizer that keeps all of it on every rank."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._whole = optimizer
+
+    def optimizer_state(self, model: nn.Module, full: bool) -> dict[str, Any]:
+        return state.optimizer_state(self._whole, model, full)
+
+    def load_optimizer_state(self, model: nn.Module, loaded: Mapping[str, Any]) -> None:
+        state.load_optimizer_state(self._whole, model, loaded)
+
+    def place_state(self, name: str, key: str) -> FlatShard | None:
+        return None
+
+
+class FusedUpdate(_WholeState):
     """Scaling is part of the optimizer's own sweep; `.grad` keeps the unscaled sum."""
 
     def __init__(self, optimizer: ScaledStep, arenas: ModelArenas) -> None:
+        super().__init__(cast(torch.optim.Optimizer, optimizer))
         self._optimizer = optimizer
         for pair in arenas.pairs.values():
             optimizer.adopt(pair.parameters, pair.gradients)
@@ -52,10 +80,11 @@ class FusedUpdate:
         self._optimizer.step_scaled(grad_scale=scale.scale, skip=scale.skip)
 
 
-class PlainUpdate:
+class PlainUpdate(_WholeState):
     """For any torch.optim.Optimizer: scales the arenas, then steps. Waits for the device to know `skip`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, arenas: ModelArenas) -> None:
+        super().__init__(optimizer)
         self._optimizer = optimizer
         self._gradients = [pair.gradients.data for pair in arenas.pairs.values()]
 

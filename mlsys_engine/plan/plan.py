@@ -37,6 +37,7 @@ class Plan:
     schedule: str | None = None  # pipeline schedule
     microbatch: int | None = None  # samples of a pipeline microbatch; None: whatever the caller feeds
     shard: str = "none"
+    partition: tuple[tuple[int, ...], ...] = ()  # for each bucket, in elements, where each rank's part begins
     sync: str = "step"
     compression: str | None = None
     algorithms: Pairs = ()  # choice -> algorithm, for every choice that changes the order of a sum

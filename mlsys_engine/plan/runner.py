@@ -62,5 +62,8 @@ class Runner(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    def place_state(self, name: str, key: str) -> Any | None:
+        """Where a checkpoint's piece `key` of the optimizer state of `name` goes; None: to a new tensor."""
+
     def close(self) -> None:
         """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards."""

@@ -13,6 +13,7 @@ from mlsys_engine.comm.launch import World
 from mlsys_engine.data_parallel.buckets import layout_buckets
 from mlsys_engine.data_parallel.build import build_runner
 from mlsys_engine.data_parallel.invariance import LEAVES, check_leaves, refuse_variants
+from mlsys_engine.data_parallel.partition import partition_bucket
 from mlsys_engine.data_parallel.reductions import POWERSGD_RANK, POWERSGD_START
 from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.numerics import Loss
@@ -31,7 +32,7 @@ class DataParallel:
     name: ClassVar[str] = "data_parallel"
 
     shard: str = "none"
-    """What is split over ranks instead of repeated: "none" so far."""
+    """What is split over ranks instead of repeated: "none", or "optimizer" for the optimizer's state."""
     sync: str = "step"
     """When ranks agree on gradients: "step" so far, at every optimizer step."""
     compression: str | None = None
@@ -46,9 +47,15 @@ class DataParallel:
     """Pieces of each global batch, the same at any number of ranks, under "world_invariant"; None: 8."""
 
     def __post_init__(self) -> None:
-        _check("shard", self.shard, SHARD_LEVELS, ("none",))
+        _check("shard", self.shard, SHARD_LEVELS, ("none", "optimizer"))
         _check("sync", self.sync, SYNC_MODES, ("step",))
         _check("compression", self.compression, _COMPRESSIONS, _COMPRESSIONS)
+        if self.shard != "none" and self.compression is not None:
+            raise ConfigError(
+                f"DataParallel(shard={self.shard!r}, compression={self.compression!r}).",
+                "Compression is of an all-reduce, and a sharded optimizer reduces to each rank its part.",
+                "Leave one of them out.",
+            )
         _check_count("virtual_shards", self.virtual_shards, 1)
         self._check_powersgd("powersgd_rank", 1)
         self._check_powersgd("powersgd_start_step", 2)
@@ -88,12 +95,13 @@ class DataParallel:
             buckets=buckets,
             order_source=trace.order_source,
             shard=self.shard,
+            partition=self._partition(buckets, world_size),
             sync=self.sync,
             compression=self.compression,
             algorithms=(
                 ("accumulation", "tree" if leaves else "in_order"),  # a rank's microbatches
                 # of each bucket over ranks, in the gradients' dtype
-                ("gradients", f"all_reduce_{'tree' if leaves else self.compression or ''}".rstrip("_")),
+                ("gradients", self._gradient_algorithm("tree" if leaves else self.compression)),
                 ("mean", "scaled_step"),  # the sum times one float64 factor, while stepping
                 *(((LEAVES, str(leaves)),) if leaves else ()),
                 *self._powersgd_settings(),
@@ -106,6 +114,16 @@ class DataParallel:
             seed=options.seed,
         )
 
+    def _partition(self, buckets: Sequence[Bucket], world_size: int) -> tuple[tuple[int, ...], ...]:
+        if self.shard == "none":
+            return ()
+        return tuple(partition_bucket(bucket, world_size) for bucket in buckets)
+
+    def _gradient_algorithm(self, variant: str | None) -> str:
+        if self.shard == "optimizer":
+            return "reduce_scatter"
+        return f"all_reduce_{variant}" if variant else "all_reduce"
+
     def _leaves(self, buckets: Sequence[Bucket], world_size: int, options: PlanOptions) -> int:
         """Leaves of the canonical tree, 0 without one; raises ConfigError for what cannot honour it."""
         if options.numerics != "world_invariant":
@@ -116,6 +134,12 @@ class DataParallel:
                     "Leave virtual_shards out, or ask for those numerics.",
                 )
             return 0
+        if self.shard != "none":
+            raise ConfigError(
+                f'numerics="world_invariant" with DataParallel(shard={self.shard!r}).',
+                "The canonical tree is of an all-reduce, and a sharded optimizer reduces to each rank its part.",
+                'Use shard="none", or numerics="reproducible".',
+            )
         leaves = self.virtual_shards or _VIRTUAL_SHARDS
         check_leaves(leaves, world_size)
         refuse_variants(

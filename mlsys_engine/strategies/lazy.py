@@ -63,6 +63,9 @@ class LazyRunner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.built().load_state_dict(state)
 
+    def place_state(self, name: str, key: str) -> Any | None:
+        return self.built().place_state(name, key)
+
     def close(self) -> None:
         if self._runner is not None:
             self._runner.close()

@@ -44,7 +44,9 @@ class TrainingState:
 
     def restore(self, path: Path) -> tuple[int, list[str]]:
         """Loads the checkpoint at `path`: the step to go on from, and what a person should know about it."""
-        template = checkpoint.Contents.of_runner_state(self.runner.state_dict(), shared={}, own={})
+        template = checkpoint.Contents.of_runner_state(
+            self.runner.state_dict(), shared={}, own={}, place=self.runner.place_state
+        )
         loaded = checkpoint.load(path, template)
         contents, step = loaded.contents, loaded.marker.step
         self._check_optimizer(path, contents.shared)
