@@ -17,7 +17,7 @@ namespace {
 
 constexpr std::chrono::milliseconds kGroupTimeout{-1};
 
-void check_flat_float(const at::Tensor& tensor, const char* name, const std::string& where) {
+void check_flat_float(const at::Tensor& tensor, const char* name, const Where& where) {
   check_tensor(tensor, where);
   if (tensor.dim() == 1 && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat) return;
   throw Refused(where + " was given " + name + " of " + std::to_string(tensor.dim()) +
@@ -26,7 +26,7 @@ void check_flat_float(const at::Tensor& tensor, const char* name, const std::str
                 "Allocate it with mls.comm.empty(numel, dtype=torch.float32).");
 }
 
-[[noreturn]] void refuse_table(const std::string& where, const std::string& given) {
+[[noreturn]] void refuse_table(const Where& where, const std::string& given) {
   throw Refused(
       where + " was given " + given + ".",
       "A table of the optimizer's segments, sorted by parameter and inside the parameters, is expected.",
@@ -35,7 +35,7 @@ void check_flat_float(const at::Tensor& tensor, const char* name, const std::str
 
 // Every address that the kernel will follow lies in memory that the caller's tensors keep alive; of the
 // moments' only the caller knows.
-void check_table(const OptimizerTable& table, const at::Tensor& parameters, const std::string& where) {
+void check_table(const OptimizerTable& table, const at::Tensor& parameters, const Where& where) {
   const at::Tensor& rows = table.segments;
   if (!rows.is_contiguous() || rows.scalar_type() != at::kLong || rows.dim() != 2 ||
       rows.size(1) != kSegmentColumns || table.hyper.scalar_type() != at::kDouble ||

@@ -165,7 +165,7 @@ class SmallReduce final : public TileStages {
         reducer_(reducer),
         data_(data),
         count_(count),
-        inline_(fits_inline(count * reducer.element_bytes())),
+        inline_(count * reducer.element_bytes() <= RankSlot::kInlineBytes),
         wants_result_(wants_result) {}
 
   Wire::Chunk chunk_at(size_t host) const {
