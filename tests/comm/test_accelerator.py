@@ -33,6 +33,7 @@ def _create(options, name, **accelerator):
         global_ranks=list(options.global_ranks_in_group) or list(range(options.group_size)),
         locality=[],
         job_key="",
+        sockets_per_peer=1,
         **accelerator,
     )
 
