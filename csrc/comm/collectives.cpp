@@ -13,11 +13,6 @@ std::span<const std::byte> bytes_at(const void* data, size_t bytes) {
   return {static_cast<const std::byte*>(data), bytes};
 }
 
-// What small operations inside one host publish beside the descriptor.
-std::span<const std::byte> inline_of(const void* data, size_t bytes) {
-  return fits_inline(bytes) ? bytes_at(data, bytes) : std::span<const std::byte>();
-}
-
 bool contiguous(std::span<const void* const> parts, size_t bytes) {
   for (size_t i = 1; i < parts.size(); ++i) {
     if (parts[i] != at(parts[0], i * bytes)) return false;
@@ -38,7 +33,7 @@ Context Engine::begin_reduction(OpKind kind, const void* data, size_t count, con
   const size_t bytes = count * size_of(static_cast<DType>(reduction.dtype));
   Descriptor call = new_reduction(kind, count, -1, reduction);
   call.arena_offset = offset_of(data, bytes);
-  return begin(call, timeout, inline_of(data, bytes));
+  return begin(call, timeout, bytes_at(data, bytes));
 }
 
 Context Engine::begin_scatter(OpKind kind, std::span<const void* const> inputs, size_t count,
@@ -74,7 +69,7 @@ void Engine::reduce(void* data, size_t count, Reduction reduction, int root, Tim
   const size_t bytes = count * reducer.element_bytes();
   Descriptor call = new_reduction(OpKind::kReduce, count, root, reduction);
   call.arena_offset = offset_of(data, bytes);
-  Context context = begin(call, timeout, inline_of(data, bytes));
+  Context context = begin(call, timeout, bytes_at(data, bytes));
   if (context.mesh == nullptr) return local_reduce(context, reducer, data, count, root);
   hosts_reduce(context, reducer, data, count, root);
 }
@@ -89,7 +84,7 @@ void Engine::all_gather(const void* input, std::span<void* const> outputs, size_
   }
   Descriptor call = new_call(OpKind::kAllGather, bytes, -1);
   call.arena_offset = offset_of(input, bytes);
-  Context context = begin(call, timeout, inline_of(input, bytes));
+  Context context = begin(call, timeout, bytes_at(input, bytes));
   if (context.mesh == nullptr) return local_share(context, input, outputs, bytes, -1);
   hosts_all_gather(context, input, outputs, bytes);
 }
@@ -117,7 +112,7 @@ void Engine::broadcast(void* data, size_t bytes, int root, Timeout timeout) {
   Descriptor call = new_call(OpKind::kBroadcast, bytes, root);
   const bool sending = options_.rank == root;
   if (sending) call.arena_offset = offset_of(data, bytes);
-  Context context = begin(call, timeout, sending ? inline_of(data, bytes) : std::span<const std::byte>());
+  Context context = begin(call, timeout, sending ? bytes_at(data, bytes) : std::span<const std::byte>());
   if (context.mesh != nullptr) return hosts_broadcast(context, data, bytes, root);
   std::vector<void*> outputs(static_cast<size_t>(options_.size), nullptr);
   outputs[static_cast<size_t>(root)] = data;
@@ -136,7 +131,7 @@ void Engine::gather(const void* input, std::span<void* const> outputs, size_t by
   }
   Descriptor call = new_call(OpKind::kGather, bytes, root);
   call.arena_offset = offset_of(input, bytes);
-  Context context = begin(call, timeout, inline_of(input, bytes));
+  Context context = begin(call, timeout, bytes_at(input, bytes));
   if (context.mesh != nullptr) return hosts_gather(context, input, outputs, bytes, root);
   const std::vector<void*> nothing(static_cast<size_t>(options_.size), nullptr);
   local_share(context, input, options_.rank == root ? outputs : std::span<void* const>(nothing), bytes, -1);
@@ -153,9 +148,11 @@ void Engine::scatter(std::span<const void* const> inputs, void* output, size_t b
     begin_alone();
     return copy_bytes(output, inputs[0], bytes);
   }
-  const std::vector<uint64_t> sizes = published_sizes([&](int) { return sending ? bytes : 0; });
-  Context context = begin(new_call(OpKind::kScatter, bytes, root), timeout,
-                          bytes_at(sizes.data(), sizes.size() * sizeof(uint64_t)));
+  const std::vector<ExchangeEntry> entries = exchange_entries([&](int rank) -> std::span<const std::byte> {
+    return sending ? bytes_at(inputs[static_cast<size_t>(rank)], bytes) : std::span<const std::byte>();
+  });
+  Context context =
+      begin(new_call(OpKind::kScatter, bytes, root), timeout, std::as_bytes(std::span(entries)));
   if (context.mesh != nullptr) return hosts_scatter(context, inputs, output, bytes, root);
   const auto size = static_cast<size_t>(options_.size);
   const std::vector<const void*> nothing(size, nullptr);
@@ -183,10 +180,10 @@ void Engine::all_to_all(std::span<const void* const> inputs, std::span<const siz
     begin_alone();
     return copy_bytes(outputs[0], inputs[0], send_bytes[0]);
   }
-  const std::vector<uint64_t> sizes =
-      published_sizes([&](int rank) { return send_bytes[static_cast<size_t>(rank)]; });
-  Context context = begin(new_call(OpKind::kAllToAll, 0, -1), timeout,
-                          bytes_at(sizes.data(), sizes.size() * sizeof(uint64_t)));
+  const std::vector<ExchangeEntry> entries = exchange_entries([&](int rank) {
+    return bytes_at(inputs[static_cast<size_t>(rank)], send_bytes[static_cast<size_t>(rank)]);
+  });
+  Context context = begin(new_call(OpKind::kAllToAll, 0, -1), timeout, std::as_bytes(std::span(entries)));
   if (context.mesh != nullptr) return hosts_all_to_all(context, inputs, send_bytes, outputs, recv_bytes);
   local_exchange(context, inputs, send_bytes, outputs, recv_bytes);
 }
@@ -206,16 +203,20 @@ void Engine::begin_alone() {
   live_.operations.fetch_add(1, std::memory_order_relaxed);
 }
 
-std::vector<uint64_t> Engine::published_sizes(const std::function<size_t(int)>& send_bytes) {
-  const std::vector<int>& local_ranks = links().topology.local_ranks();
-  std::vector<uint64_t> sizes;
-  for (const int rank : local_ranks) sizes.push_back(send_bytes(rank));
-  if (sizes.size() * sizeof(uint64_t) > RankSlot::kInlineBytes) {
-    throw std::invalid_argument("all_to_all and scatter serve at most " +
-                                std::to_string(RankSlot::kInlineBytes / sizeof(uint64_t)) +
-                                " ranks on one host; there are " + std::to_string(sizes.size()) + ".");
+std::vector<ExchangeEntry> Engine::exchange_entries(
+    const std::function<std::span<const std::byte>(int)>& piece_for) {
+  std::vector<ExchangeEntry> entries;
+  for (const int rank : links().topology.local_ranks()) {
+    const std::span<const std::byte> piece = piece_for(rank);
+    entries.push_back(
+        {piece.size(), piece.empty() ? Descriptor::kNoOffset : offset_of(piece.data(), piece.size())});
   }
-  return sizes;
+  if (entries.size() * sizeof(ExchangeEntry) > RankSlot::kInlineBytes) {
+    throw std::invalid_argument("all_to_all and scatter serve at most " +
+                                std::to_string(RankSlot::kInlineBytes / sizeof(ExchangeEntry)) +
+                                " ranks on one host; there are " + std::to_string(entries.size()) + ".");
+  }
+  return entries;
 }
 
 }  // namespace mlsys::comm

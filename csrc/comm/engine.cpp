@@ -134,15 +134,13 @@ Descriptor Engine::new_reduction(OpKind kind, size_t count, int root, const Redu
 // The order matters. The descriptor is published first, so that others can compare it whatever happens next;
 // then connections are opened, before any wait in shared memory, because only ranks that wait on sockets
 // serve callers.
-Context Engine::begin(Descriptor call, Timeout timeout, std::span<const std::byte> inline_payload) {
+Context Engine::begin(Descriptor call, Timeout timeout, std::span<const std::byte> payload) {
   Links& l = links();
   call.sequence = sequence_.fetch_add(1, std::memory_order_relaxed) + 1;
   live_.operations.fetch_add(1, std::memory_order_relaxed);
   l.faults->check();
   const auto deadline = Clock::now() + (timeout.count() == 0 ? options_.timeout : timeout);
-  if (!inline_payload.empty()) {
-    copy_bytes(l.team->next_inline_payload(), inline_payload.data(), inline_payload.size());
-  }
+  l.team->publish_payload(call, payload);
   l.team->arrive(call, deadline);
   if (l.mesh != nullptr) {
     l.mesh->begin(call, deadline);
@@ -224,6 +222,8 @@ std::string Engine::describe_transports() const {
     text += host.size() == 1 ? "rank" : "ranks";
     for (const int rank : host) text += " " + std::to_string(l->topology.global(rank));
     if (host.size() > 1) text += " in shared memory";
+    const bool own = std::find(host.begin(), host.end(), options_.rank) != host.end();
+    if (own && l->team->streams()) text += " (staged by streaming stores)";
   }
   return l->topology.num_hosts() == 1
              ? text

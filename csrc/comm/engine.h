@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "comm/algorithms/context.h"
+#include "comm/algorithms/local.h"
 #include "comm/bringup/links.h"
 #include "comm/communicator.h"
 #include "comm/p2p/messenger.h"
@@ -62,10 +62,10 @@ class Engine final : public Communicator {
   // What a call publishes, without its number.
   Descriptor new_call(OpKind kind, size_t count, int root) const;
   Descriptor new_reduction(OpKind kind, size_t count, int root, const Reduction& reduction) const;
-  // Connects if need be, numbers and publishes the call together with `inline_payload` (what small operations
-  // carry beside the descriptor), opens connections, and waits until all ranks of this host agree about the
-  // call.
-  Context begin(Descriptor call, Timeout timeout, std::span<const std::byte> inline_payload);
+  // Connects if need be, numbers and publishes the call together with `payload` (this rank's contribution,
+  // which travels beside the descriptor when it is short: see LocalTeam::publish_payload), opens connections,
+  // and waits until all ranks of this host agree about the call.
+  Context begin(Descriptor call, Timeout timeout, std::span<const std::byte> payload);
   // For a reduction of one tensor to all ranks, and for one of `inputs`, one for each rank.
   Context begin_reduction(OpKind kind, const void* data, size_t count, const Reduction& reduction,
                           Timeout timeout);
@@ -74,8 +74,9 @@ class Engine final : public Communicator {
   static void expect_entries(size_t given, int expected, const char* what);
   void check_other_hosts(const Links& links, const std::vector<int>& neighbours);
   void begin_alone();
-  // The sizes that this rank sends to the ranks of its host.
-  std::vector<uint64_t> published_sizes(const std::function<size_t(int)>& send_bytes);
+  // What this rank sends to the ranks of its host; `piece_for` a group rank.
+  std::vector<ExchangeEntry> exchange_entries(
+      const std::function<std::span<const std::byte>(int)>& piece_for);
   Links& links();
   // Calls what on_failure() was given, unless that happened before.
   void tell_of_failure();

@@ -14,8 +14,8 @@ using mlsys::comm::Reduction;
 using ranks::Rank;
 
 constexpr std::chrono::milliseconds kDefault{0};
-// Zero, one, fewer than ranks, odd, beyond the inline payload, beyond one tile and not a multiple of
-// anything.
+// Zero, one, fewer than ranks, odd, beyond the payload beside the descriptor, beyond the longer one, beyond
+// all slots of a ring, and not a multiple of anything.
 const std::vector<size_t> kCounts{0, 1, 3, 7, 1000, 5003, 70001, 400009};
 
 // Memory of the caller's choice; `shift` elements make private memory unaligned for vectors.
@@ -43,8 +43,10 @@ template <class Body>
 void everywhere(Body body) {
   for (const ranks::Job& job : ranks::topologies()) {
     ranks::run(job, [&](Rank& r) {
-      for (const bool arena : {false, true}) {
-        for (const size_t count : kCounts) body(r, count, arena);
+      for (const size_t count : kCounts) {
+        body(r, count, false);
+        body(r, count, true);
+        if (count > 1000) body(r, count, r.rank % 2 == 0);  // shorter ones travel with the descriptor
       }
     });
   }

@@ -1,30 +1,50 @@
 // Reduce-scatter inside a host: rank r reads its part of every rank's input and writes its own output.
 //
 // direct  (all inputs in the shared arena, each contiguous): read in place; a barrier at the end, because
-// nobody may
-//         change its input while others read it.
-// staged  tiles of every part go through shared memory, double-buffered: before tile k+2 overwrites tile k,
-// all
-//         have signalled that they reduced tile k.
+//         nobody may change its input while others read it.
+// staged  tiles of every part go through the ranks' rings.
 #include <array>
 #include <vector>
 
 #include "comm/algorithms/local.h"
+#include "comm/local/staging.h"
 
 namespace mlsys::comm {
 namespace {
 
-void scatter_direct(Context& context, const Reducer& reducer, std::span<std::byte* const> buffers,
+void scatter_direct(Context& context, const Reducer& reducer, std::span<const void* const> sources,
                     void* output, size_t count) {
-  const size_t part_bytes = count * reducer.element_bytes();
-  std::vector<const void*> sources;
-  for (const std::byte* buffer : buffers) {
-    sources.push_back(buffer + static_cast<size_t>(context.team.index()) * part_bytes);
-  }
   reducer.reduce(sources, std::array{output}, count);
   context.team.barrier();
-  context.counters.add_shm(part_bytes * (buffers.size() - 1));
   context.counters.add_zero_copy();
+}
+
+void scatter_staged(LocalTeam& team, const Reducer& reducer, std::span<const void* const> inputs,
+                    void* output, size_t count) {
+  const auto size = static_cast<size_t>(team.size());
+  const auto me = static_cast<size_t>(team.index());
+  const size_t element = reducer.element_bytes();
+  const size_t lane = Ring::kSlotBytes / (size - 1) / 64 * 64;  // bytes of each other rank's part
+  const size_t tile = lane / element;
+  const auto elements = [&](size_t k) { return std::min(tile, count - k * tile); };
+  // The lanes of a rank's slot are for the other ranks in order.
+  const auto lane_of = [&](size_t from, size_t to) { return lane * (to < from ? to : to - 1); };
+  std::vector<const void*> sources(size);
+  Ring::run(
+      team, (count + tile - 1) / tile,
+      [&](size_t k, std::byte* slot) {
+        for (size_t to = 0; to < size; ++to) {
+          if (to == me) continue;
+          team.copy_out(slot + lane_of(me, to), at(inputs[to], k * tile * element), elements(k) * element);
+        }
+      },
+      [&](size_t k) {
+        for (size_t from = 0; from < size; ++from) {
+          sources[from] = from == me ? at(inputs[me], k * tile * element)
+                                     : Ring::slot(team, static_cast<int>(from), k) + lane_of(from, me);
+        }
+        reducer.reduce(sources, std::array<void*, 1>{at(output, k * tile * element)}, elements(k));
+      });
 }
 
 }  // namespace
@@ -33,38 +53,17 @@ void local_reduce_scatter(Context& context, const Reducer& reducer, std::span<co
                           void* output, size_t count) {
   LocalTeam& team = context.team;
   const auto size = static_cast<size_t>(team.size());
-  const size_t element = reducer.element_bytes();
-  std::vector<std::byte*> buffers;
+  const size_t bytes = count * reducer.element_bytes();
+  context.counters.add_shm(bytes * (size - 1));
+  std::vector<const void*> sources;
   bool direct = true;
   for (int local = 0; local < team.size(); ++local) {
-    buffers.push_back(team.published(local, team.descriptor(local).arena_offset, count * element * size));
-    direct &= buffers.back() != nullptr;
+    const std::byte* input = team.published(local, team.descriptor(local).arena_offset, bytes * size);
+    direct &= input != nullptr;
+    sources.push_back(input == nullptr ? nullptr : input + static_cast<size_t>(team.index()) * bytes);
   }
-  if (direct) return scatter_direct(context, reducer, buffers, output, count);
-
-  const size_t half = ControlBlock::kStageBytes / 2;
-  const size_t tile = half / size / 64 * 64 / element;  // elements of each part
-  const size_t num_tiles = (count + tile - 1) / tile;
-  for (size_t k = 0; k < num_tiles; ++k) {
-    const size_t n = std::min(tile, count - k * tile);
-    if (k >= 2) team.await_all(LocalTeam::kSecond, static_cast<uint32_t>(k - 1));
-    const auto staged = [&](int local, size_t part) {
-      return team.stage(local) + (k & 1) * half + part * tile * element;
-    };
-    for (size_t part = 0; part < size; ++part) {
-      copy_bytes(staged(team.index(), part), at(inputs[part], k * tile * element), n * element);
-    }
-    team.signal(LocalTeam::kFirst);
-    team.await_all(LocalTeam::kFirst, static_cast<uint32_t>(k + 1));
-    std::vector<const void*> sources;
-    for (int local = 0; local < team.size(); ++local) {
-      sources.push_back(staged(local, static_cast<size_t>(team.index())));
-    }
-    void* target = at(output, k * tile * element);
-    reducer.reduce(sources, std::array{target}, n);
-    team.signal(LocalTeam::kSecond);
-  }
-  context.counters.add_shm(count * element * (size - 1));
+  if (direct) return scatter_direct(context, reducer, sources, output, count);
+  scatter_staged(team, reducer, inputs, output, count);
 }
 
 }  // namespace mlsys::comm

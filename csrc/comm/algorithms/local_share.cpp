@@ -1,13 +1,14 @@
 // Broadcast, all-gather and gather inside a host: one buffer a source, the same for all who read it.
 //
-// inline  (at most 4 KiB): the sources published it beside their descriptors; readers copy it after the
-// arrival. direct  (all sources in the shared arena): readers copy from the source itself; a barrier at the
-// end, because a
-//         source must not change its buffer before.
-// staged  tiles through shared memory, double-buffered as in local_reduce_scatter.cpp.
+// published  (short, and not in the arena): a source published it with its descriptor; readers copy it after
+//            the arrival.
+// direct     (in the shared arena): readers copy from the source itself; a barrier at the end, because a
+//            source must not change its buffer before.
+// staged     tiles through the sources' rings, when some source is neither.
 #include <vector>
 
 #include "comm/algorithms/local.h"
+#include "comm/local/staging.h"
 
 namespace mlsys::comm {
 namespace {
@@ -20,48 +21,40 @@ void local_share(Context& context, const void* input, std::span<void* const> out
                  int root) {
   LocalTeam& team = context.team;
   const int me = team.index();
-  const auto wants = [&](int local) {
-    return is_source(local, root) && local != me && outputs[static_cast<size_t>(local)] != nullptr;
-  };
-  for (int local = 0; local < team.size(); ++local) {
-    if (wants(local)) context.counters.add_shm(bytes);
-  }
-  if (is_source(me, root) && outputs[static_cast<size_t>(me)] != nullptr) {
-    copy_bytes(outputs[static_cast<size_t>(me)], input, bytes);
-  }
-  bool direct = true;
+  const auto slot = [](int local) { return static_cast<size_t>(local); };
+  std::vector<int> wanted;
+  bool staged = false, in_arena = false;
   std::vector<const std::byte*> sources(static_cast<size_t>(team.size()), nullptr);
   for (int local = 0; local < team.size(); ++local) {
     if (!is_source(local, root)) continue;
-    auto& source = sources[static_cast<size_t>(local)];
-    source = fits_inline(bytes) ? team.inline_payload(local)
-                                : team.published(local, team.descriptor(local).arena_offset, bytes);
-    direct &= source != nullptr;
+    if (local != me && outputs[slot(local)] != nullptr) wanted.push_back(local);
+    sources[slot(local)] = team.payload(local, bytes);
+    if (sources[slot(local)] != nullptr) continue;
+    sources[slot(local)] = team.published(local, team.descriptor(local).arena_offset, bytes);
+    (sources[slot(local)] == nullptr ? staged : in_arena) = true;
   }
-  if (direct) {
-    for (int local = 0; local < team.size(); ++local) {
-      const auto slot = static_cast<size_t>(local);
-      if (wants(local)) copy_bytes(outputs[slot], sources[slot], bytes);
-    }
-    if (fits_inline(bytes)) return;
+  context.counters.add_shm(bytes * wanted.size());
+  const bool keeps_own = is_source(me, root) && outputs[slot(me)] != nullptr;
+  if (!staged) {
+    if (keeps_own) copy_bytes(outputs[slot(me)], input, bytes);
+    for (const int local : wanted) copy_bytes(outputs[slot(local)], sources[slot(local)], bytes);
+    if (!in_arena) return;
     team.barrier();
-    context.counters.add_zero_copy();
-    return;
+    return context.counters.add_zero_copy();
   }
-  const size_t tile = ControlBlock::kTileBytes;
-  const size_t num_tiles = (bytes + tile - 1) / tile;
-  for (size_t k = 0; k < num_tiles; ++k) {
-    const size_t n = std::min(tile, bytes - k * tile);
-    if (k >= 2) team.await_all(LocalTeam::kSecond, static_cast<uint32_t>(k - 1));
-    if (is_source(me, root)) copy_bytes(team.stage(me) + (k & 1) * tile, at(input, k * tile), n);
-    team.signal(LocalTeam::kFirst);
-    for (int local = 0; local < team.size(); ++local) {
-      if (!wants(local)) continue;
-      team.await(LocalTeam::kFirst, local, static_cast<uint32_t>(k + 1));
-      copy_bytes(at(outputs[static_cast<size_t>(local)], k * tile), team.stage(local) + (k & 1) * tile, n);
-    }
-    team.signal(LocalTeam::kSecond);
-  }
+  constexpr size_t kTile = Ring::kSlotBytes;
+  const auto length = [&](size_t k) { return std::min(kTile, bytes - k * kTile); };
+  Ring::run(
+      team, (bytes + kTile - 1) / kTile,
+      [&](size_t k, std::byte* target) {
+        if (is_source(me, root)) team.copy_out(target, at(input, k * kTile), length(k));
+      },
+      [&](size_t k) {
+        if (keeps_own) copy_bytes(at(outputs[slot(me)], k * kTile), at(input, k * kTile), length(k));
+        for (const int local : wanted) {
+          copy_bytes(at(outputs[slot(local)], k * kTile), Ring::slot(team, local, k), length(k));
+        }
+      });
 }
 
 }  // namespace mlsys::comm

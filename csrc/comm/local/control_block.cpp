@@ -11,7 +11,7 @@ constexpr size_t kPage = 4096;
 size_t page_up(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 struct Layout {
-  size_t presence, notices, slots, claims, stages, scratch, total;
+  size_t presence, notices, slots, claims, tuning, eager, stages, scratch, total;
 };
 
 Layout layout(int local_size, int world_size) {
@@ -20,7 +20,9 @@ Layout layout(int local_size, int world_size) {
   l.notices = l.presence + page_up(sizeof(uint32_t) * world_size);
   l.slots = l.notices + page_up(sizeof(Notice) * world_size);
   l.claims = l.slots + page_up(sizeof(RankSlot) * local_size);
-  l.stages = l.claims + page_up(sizeof(ClaimSet) * 2 * ControlBlock::kClaimPhases);
+  l.tuning = l.claims + page_up(sizeof(ClaimSet) * 2 * ControlBlock::kClaimPhases);
+  l.eager = l.tuning + page_up(sizeof(Tuning));
+  l.stages = l.eager + ControlBlock::kEagerBytes * 2 * local_size;
   l.scratch = l.stages + ControlBlock::kStageBytes * local_size;
   l.total = l.scratch + ControlBlock::kScratchBytes;
   return l;
@@ -49,6 +51,8 @@ ControlBlock::ControlBlock(const UniqueFd& fd, int local_size, int world_size)
   notices_offset_ = l.notices;
   slots_offset_ = l.slots;
   claims_offset_ = l.claims;
+  tuning_offset_ = l.tuning;
+  eager_offset_ = l.eager;
   stages_offset_ = l.stages;
   scratch_offset_ = l.scratch;
   mapping_ = Mapping(fd.get(), l.total);

@@ -30,6 +30,12 @@ struct ClaimSet {
   SharedCounter done;
 };
 
+// What the ranks found out about their machine in their first operation; see LocalTeam::tune().
+struct Tuning {
+  std::atomic<uint32_t> streams;  // nonzero: staging by streaming stores pays
+  std::atomic<uint64_t> read_ns;  // of the probe under way
+};
+
 enum class PoisonKind : uint32_t { kPeerFailed = 1, kMismatch = 2, kTimedOut = 3 };
 
 // kLeft: in good order.
@@ -67,9 +73,11 @@ struct alignas(64) RankSlot {
 class ControlBlock {
  public:
   static constexpr size_t kNoticeBytes = Notice::kBytes;
-  // Per local rank: two input and two output tiles.
-  static constexpr size_t kTileBytes = 256 << 10;
-  static constexpr size_t kStageBytes = 4 * kTileBytes;
+  // Per local rank: the ring through which its private memory is staged.
+  static constexpr size_t kStageBytes = 1536 << 10;
+  // Per local rank, twice, by parity of the arrival: payload that is published with the descriptor and is too
+  // long for the slot.
+  static constexpr size_t kEagerBytes = 256 << 10;
   // Per host: where leaders exchange with other hosts.
   static constexpr size_t kScratchBytes = 16 << 20;
 
@@ -93,6 +101,10 @@ class ControlBlock {
   ClaimSet& claims(uint32_t parity, size_t phase) const {
     return reinterpret_cast<ClaimSet*>(at(claims_offset_))[parity * kClaimPhases + phase];
   }
+  Tuning& tuning() const { return *reinterpret_cast<Tuning*>(at(tuning_offset_)); }
+  std::byte* eager(int local, uint32_t parity) const {
+    return at(eager_offset_ + (static_cast<size_t>(local) * 2 + parity) * kEagerBytes);
+  }
   std::byte* stage(int local) const { return at(stages_offset_ + local * kStageBytes); }
   std::byte* scratch() const { return at(scratch_offset_); }
   int local_size() const { return local_size_; }
@@ -107,6 +119,8 @@ class ControlBlock {
   size_t notices_offset_ = 0;
   size_t slots_offset_ = 0;
   size_t claims_offset_ = 0;
+  size_t tuning_offset_ = 0;
+  size_t eager_offset_ = 0;
   size_t stages_offset_ = 0;
   size_t scratch_offset_ = 0;
   Mapping mapping_;

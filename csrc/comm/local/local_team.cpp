@@ -5,9 +5,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <optional>
 #include <utility>
 
 #include "comm/local/futex.h"
+#include "comm/reduce/streaming.h"
 
 namespace mlsys::comm {
 namespace {
@@ -25,6 +28,43 @@ inline void pause_cpu() {
 
 inline bool reached(uint32_t value, uint32_t target) { return static_cast<int32_t>(value - target) >= 0; }
 
+// Keeps the calling thread on the first, or the last, of the cores that it may use. Two ranks that share a
+// core, as they do now and then when there are more ranks than cores, would measure nothing but its cache.
+class OnOneCore {
+ public:
+  explicit OnOneCore(bool first) {
+    CPU_ZERO(&before_);
+    if (::sched_getaffinity(0, sizeof(before_), &before_) != 0) return;  // more cores than the set holds
+    int chosen = -1;
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+      if (CPU_ISSET(core, &before_) && (chosen < 0 || !first)) chosen = core;
+    }
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(chosen, &one);
+    moved_ = ::sched_setaffinity(0, sizeof(one), &one) == 0;
+  }
+  OnOneCore(const OnOneCore&) = delete;
+  OnOneCore& operator=(const OnOneCore&) = delete;
+  ~OnOneCore() {
+    if (moved_) ::sched_setaffinity(0, sizeof(before_), &before_);
+  }
+
+ private:
+  cpu_set_t before_;
+  bool moved_ = false;
+};
+
+// A contribution that all read whole must not be so long that reading one share of it and exchanging results
+// would be faster: everybody reads at most kMostEagerReads.
+constexpr size_t kMostEagerReads = 512 << 10;
+
+size_t eager_limit_of(const Topology& topology) {
+  if (topology.num_hosts() > 1 || topology.local_size() < 2) return 0;
+  return std::min(ControlBlock::kEagerBytes,
+                  kMostEagerReads / static_cast<size_t>(topology.local_size() - 1));
+}
+
 }  // namespace
 
 LocalTeam::LocalTeam(const Topology& topology, const ControlBlock& block, const Faults& faults,
@@ -35,7 +75,8 @@ LocalTeam::LocalTeam(const Topology& topology, const ControlBlock& block, const 
       arenas_(std::move(arenas)),
       arena_bytes_(std::move(arena_bytes)),
       index_(topology.local_index()),
-      size_(topology.local_size()) {
+      size_(topology.local_size()),
+      eager_limit_(eager_limit_of(topology)) {
   // With a core for every rank, spinning is the fastest; with fewer, it keeps the awaited rank from running.
   const long cores = ::sysconf(_SC_NPROCESSORS_ONLN);
   const bool crowded = cores < size_;
@@ -43,8 +84,14 @@ LocalTeam::LocalTeam(const Topology& topology, const ControlBlock& block, const 
   num_yields_ = crowded ? 4 : 100;
 }
 
-std::byte* LocalTeam::next_inline_payload() const {
-  return block_.slot(index_).inline_payload[(arrivals_ + 1) & 1];
+void LocalTeam::publish_payload(const Descriptor& descriptor, std::span<const std::byte> payload) const {
+  const uint32_t parity = (arrivals_ + 1) & 1;
+  if (payload.empty()) return;
+  if (payload.size() <= RankSlot::kInlineBytes) {
+    std::memcpy(block_.slot(index_).inline_payload[parity], payload.data(), payload.size());
+  } else if (payload.size() <= eager_limit_ && descriptor.arena_offset == Descriptor::kNoOffset) {
+    copy_out(block_.eager(index_, parity), payload.data(), payload.size());
+  }
 }
 
 void LocalTeam::arrive(const Descriptor& descriptor, Clock::time_point deadline) {
@@ -72,6 +119,51 @@ void LocalTeam::await_arrival() {
     }
   }
   if (stale_claims_ && index_ == 0) clear_claims();
+  if (!tuned_) tune();
+}
+
+// Rank 0 writes what rank 1 then reads, with either kind of store in turn; the rest look on.
+void LocalTeam::tune() {
+  constexpr size_t kBytes = 64 << 10;
+  constexpr uint32_t kRounds = 15;
+  tuned_ = true;
+  if (size_ < 2) return;
+  std::optional<OnOneCore> apart;
+  if (index_ < 2) apart.emplace(index_ == 0);
+  std::vector<std::byte> own(kBytes);
+  std::array<std::array<uint64_t, kRounds>, 2> spent{};
+  const auto timed = [](auto body) {
+    const auto begin = Clock::now();
+    body();
+    return static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - begin).count());
+  };
+  for (uint32_t round = 0; round < 2 * kRounds; ++round) {
+    streams_ = round % 2 != 0;
+    uint64_t& sum = spent[round % 2][round / 2];
+    if (index_ == 0) sum = timed([&] { copy_out(stage(0), own.data(), kBytes); });
+    signal(kFirst);
+    if (index_ == 1) {
+      await(kFirst, 0, round + 1);
+      block_.tuning().read_ns.store(timed([&] { std::memcpy(own.data(), stage(0), kBytes); }),
+                                    std::memory_order_relaxed);
+    }
+    signal(kSecond);
+    if (index_ == 0) {
+      await(kSecond, 1, round + 1);
+      sum += block_.tuning().read_ns.load(std::memory_order_relaxed);
+    }
+  }
+  if (index_ == 0) {
+    for (auto& times : spent) std::sort(times.begin(), times.end());
+    block_.tuning().streams.store(spent[1][kRounds / 2] < spent[0][kRounds / 2], std::memory_order_relaxed);
+  }
+  signal(kFirst);
+  await(kFirst, 0, 2 * kRounds + 1);
+  streams_ = block_.tuning().streams.load(std::memory_order_relaxed) != 0;
+  for (Counter counter : {kFirst, kSecond}) {  // the operation itself counts from here
+    base_[counter] += signals_[counter];
+    signals_[counter] = 0;
+  }
 }
 
 // All have finished the operation before this one, and its claims are used again by the one after this one,
@@ -88,8 +180,19 @@ const Descriptor& LocalTeam::descriptor(int local) const {
   return block_.slot(local).descriptors[arrivals_ & 1];
 }
 
-const std::byte* LocalTeam::inline_payload(int local) const {
-  return block_.slot(local).inline_payload[arrivals_ & 1];
+const std::byte* LocalTeam::payload(int local, size_t bytes) const {
+  const uint32_t parity = arrivals_ & 1;
+  if (bytes <= RankSlot::kInlineBytes) return block_.slot(local).inline_payload[parity];
+  const bool published = bytes <= eager_limit_ && descriptor(local).arena_offset == Descriptor::kNoOffset;
+  return published ? block_.eager(local, parity) : nullptr;
+}
+
+void LocalTeam::copy_out(void* target, const void* source, size_t bytes) const {
+  if (streams()) {
+    copy_streaming(target, source, bytes);
+  } else if (bytes != 0) {
+    std::memcpy(target, source, bytes);
+  }
 }
 
 std::byte* LocalTeam::published(int local, uint64_t offset, size_t bytes) const {

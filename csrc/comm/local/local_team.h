@@ -35,8 +35,13 @@ class LocalTeam {
   int index() const { return index_; }
   int size() const { return size_; }
 
-  // Where a payload of at most RankSlot::kInlineBytes goes before arrive().
-  std::byte* next_inline_payload() const;
+  // Puts a contribution beside the descriptor, before arrive(), where the others may read it after
+  // await_arrival(): a short one always; a longer one when it is not in the arena and all ranks are on this
+  // host, up to eager_limit(). Otherwise does nothing.
+  void publish_payload(const Descriptor& descriptor, std::span<const std::byte> payload) const;
+  // The contribution of `bytes` that a local rank published so; nullptr when it did not.
+  const std::byte* payload(int local, size_t bytes) const;
+  size_t eager_limit() const { return eager_limit_; }
   void arrive(const Descriptor& descriptor, Clock::time_point deadline);
   // Waits for all and throws Mismatch when they disagree. Leaves the team poisoned then.
   void await_arrival();
@@ -44,7 +49,7 @@ class LocalTeam {
   OpKind last_kind() const { return last_kind_.load(std::memory_order_relaxed); }
   const Descriptor& mine() const { return descriptor(index_); }
   const Descriptor& descriptor(int local) const;
-  const std::byte* inline_payload(int local) const;
+  const std::byte* inline_payload(int local) const { return payload(local, 0); }
   Clock::time_point deadline() const { return deadline_; }
 
   // Where `bytes` at a published offset of a local rank's arena lie here; nullptr when that rank published
@@ -71,6 +76,11 @@ class LocalTeam {
   void count_done(ClaimSet& set, uint32_t total);
   void await_done(const ClaimSet& set, uint32_t total) const;
 
+  // memcpy into shared memory that other ranks have read before.
+  void copy_out(void* target, const void* source, size_t bytes) const;
+  // Whether tune() found that staging by streaming stores pays here.
+  bool streams() const { return streams_.load(std::memory_order_relaxed); }
+
   std::byte* stage(int local) const { return block_.stage(local); }
   std::byte* scratch() const { return block_.scratch(); }
 
@@ -81,6 +91,9 @@ class LocalTeam {
   void wait_for(const SharedCounter& counter, uint32_t target, int local) const;
   // The group rank that has left in good order among those that are waited for; -1 when none has.
   int first_left(int local) const;
+  // Once, in the first operation: measures which stores staging should use, the same for all ranks. Never
+  // changes a result.
+  void tune();
   void clear_claims();
   [[noreturn]] void time_out(int local) const;
 
@@ -93,6 +106,9 @@ class LocalTeam {
   int size_;
   int num_spins_;
   int num_yields_;
+  size_t eager_limit_;
+  bool tuned_ = false;
+  std::atomic<bool> streams_{false};  // read by other threads
   uint32_t arrivals_ = 0;
   bool claimed_ = false;                          // in the operation under way
   bool stale_claims_ = false;                     // in the one before it
