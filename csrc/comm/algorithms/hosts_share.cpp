@@ -90,7 +90,7 @@ void hosts_broadcast(Context& context, void* data, size_t bytes, int root) {
     context.team.barrier();
     if (topology.rank == root) continue;
     copy_bytes(at(data, first), buffer, n);
-    context.counters.add_shm(n);
+    if (context.team.size() > 1) context.counters.add_shm(n);  // alone, it came through this rank's own
   }
 }
 
