@@ -1,6 +1,5 @@
 #include "memory/arena.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -52,8 +51,7 @@ Arena::Arena(size_t capacity_bytes)
       mapping_(fd_.get(), capacity_bytes),
       owner_(::getpid()) {
   free_[0] = capacity_bytes;
-  // Advice only: kernels without huge pages for shared memory refuse it, and nothing depends on it.
-  (void)::madvise(mapping_.data(), mapping_.bytes(), MADV_HUGEPAGE);
+  mapping_.advise_huge_pages();
 }
 
 std::shared_ptr<void> Arena::allocate(size_t bytes) {

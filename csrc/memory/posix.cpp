@@ -36,6 +36,8 @@ Mapping::~Mapping() {
   if (base_ != nullptr) ::munmap(base_, bytes_);
 }
 
+void Mapping::advise_huge_pages() const { (void)::madvise(base_, bytes_, MADV_HUGEPAGE); }
+
 size_t file_bytes(int fd) {
   struct stat status{};
   if (::fstat(fd, &status) != 0) throw_errno("fstat of a received descriptor");

@@ -55,6 +55,10 @@ class Mapping {
   Mapping& operator=(const Mapping&) = delete;
   ~Mapping();
 
+  // Asks for huge pages. Advice only: kernels without them for shared memory refuse, and nothing depends on
+  // it.
+  void advise_huge_pages() const;
+
   std::byte* data() const { return base_; }
   size_t bytes() const { return bytes_; }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +147,53 @@ def _fsdp_buckets(rank, world_size, wrap, in_arena):
 def test_fsdp2_puts_its_buckets_into_the_arena_unless_told_not_to(run_ranks):
     run_ranks(_fsdp_buckets, 2, None, True)
     run_ranks(_fsdp_buckets, 2, False, False)
+
+
+def _beyond_the_limit(rank, world_size, folder):
+    said = Path(folder) / f"stderr-{rank}"  # torch's warnings from C++ go there
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+    kept = [comm.empty(100_000) for _ in range(2)]  # 0.8 of 1 MiB
+    private = [comm.empty(100_000) for _ in range(3)]
+    assert all(comm.in_arena(tensor) for tensor in kept)
+    assert not any(comm.in_arena(tensor) for tensor in private)
+    for tensor in kept + private:
+        tensor.fill_(rank + 1)
+        dist.all_reduce(tensor)
+        assert (tensor == 3).all()
+    return said.read_text().count("raise MLSYS_ARENA_MIB")
+
+
+def test_beyond_the_arenas_limit_memory_is_private_and_a_warning_says_so_once(run_ranks, tmp_path):
+    assert run_ranks(_beyond_the_limit, 2, str(tmp_path), env={"MLSYS_ARENA_MIB": "1"}) == [1, 1]
+
+
+def _killed_amid_collectives(rank, world_size, victims, folder):
+    arena, private = comm.empty(2_000_000), torch.ones(2_000_000)
+    dist.all_reduce(arena)
+    (Path(folder) / str(rank)).write_text(str(os.getpid()))
+    for step in range(1000):
+        if step == 3 and rank in victims:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            dist.all_reduce(arena)
+            dist.all_reduce(private)
+        except comm.PeerFailedError:
+            return True
+    return False
+
+
+def _names_in(folder):
+    # Other tests of this machine may run meanwhile: only names that could be ours.
+    return {path.name for path in Path(folder).iterdir() if "mlsys" in path.name}
+
+
+@pytest.mark.parametrize("victims", [(1,), (0, 1, 2)], ids=["one", "all"])
+def test_sigkill_leaves_neither_shared_memory_nor_files(run_ranks_collecting, tmp_path, victims):
+    before = _names_in("/dev/shm"), _names_in("/tmp")
+    outcomes = run_ranks_collecting(_killed_amid_collectives, 3, victims, str(tmp_path))
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.exitcode == (-signal.SIGKILL if rank in victims else 0)
+        assert outcome.value is (None if rank in victims else True)
+        # Memory without a name lives as long as the processes that hold it, and they are gone.
+        assert not Path("/proc", (tmp_path / str(rank)).read_text()).exists()
+    assert (_names_in("/dev/shm"), _names_in("/tmp")) == before

@@ -1,11 +1,16 @@
 // The allocator and the life of shared memory.
 #include <sys/mman.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <limits>
 #include <random>
 
 #include "check.h"
 #include "memory/arena.h"
+#include "memory/limits.h"
 #include "ranks.h"
 
 namespace {
@@ -100,4 +105,27 @@ TEST(the_capacity_comes_from_the_environment) {
   ranks::run({.size = 1, .environment = {{"MLSYS_ARENA_MIB", "many"}}}, [](ranks::Rank& r) {
     CHECK_THROWS(std::invalid_argument, r.comm->allocate(1), "MLSYS_ARENA_MIB=many is no size");
   });
+}
+
+TEST(the_capacity_is_within_the_limits_of_all_control_groups_around_the_process) {
+  std::string folder = (std::filesystem::temp_directory_path() / "mlsys-test-XXXXXX").string();
+  CHECK(::mkdtemp(folder.data()) != nullptr);
+  const std::filesystem::path mount = folder;
+  const auto write = [&](const std::string& path, const std::string& text) {
+    std::filesystem::create_directories((mount / path).parent_path());
+    std::ofstream(mount / path) << text;
+  };
+  const size_t none = std::numeric_limits<size_t>::max();
+  write("membership", "12:cpu,memory:/slurm/job\n1:name=systemd:/elsewhere\n0::/user/job\n");
+  CHECK_EQUAL(mlsys::control_group_limit(mount / "absent", mount), none);
+  CHECK_EQUAL(mlsys::control_group_limit(mount / "membership", mount), none);
+  write("user/job/memory.max", "max\n");
+  CHECK_EQUAL(mlsys::control_group_limit(mount / "membership", mount), none);
+  write("user/memory.max", "3000000000\n");
+  CHECK_EQUAL(mlsys::control_group_limit(mount / "membership", mount), size_t{3000000000});
+  write("memory/slurm/job/memory.limit_in_bytes", "2000000000\n");
+  CHECK_EQUAL(mlsys::control_group_limit(mount / "membership", mount), size_t{2000000000});
+  write("memory.max", "1000000000\n");  // as a container sees its own group
+  CHECK_EQUAL(mlsys::control_group_limit(mount / "absent", mount), size_t{1000000000});
+  std::filesystem::remove_all(mount);
 }

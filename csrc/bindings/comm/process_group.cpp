@@ -147,8 +147,8 @@ at::Tensor ProcessGroupMlsys::allocateTensor(long size, at::TensorOptions option
   try {
     memory = membership_->communicator().allocate(bytes);
   } catch (const std::bad_alloc& e) {
-    TORCH_WARN(here.words(), ": ", e.what(),
-               "; private memory is used instead, which costs each collective a copy.");
+    TORCH_WARN_ONCE(here.words(), ": ", e.what(),
+                    "; private memory is used instead, which costs each collective a copy.");
     return at::zeros({size}, options);
   }
   auto* data = memory.get();

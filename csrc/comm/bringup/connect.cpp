@@ -146,6 +146,7 @@ void share_memory(Links& links, SharedHost& shared) {
     const int fd = shared.arenas[static_cast<size_t>(local)].get();
     const bool own = local == topology.local_index();
     links.peer_arenas.push_back(own ? Mapping() : Mapping(fd, file_bytes(fd)));
+    if (!own) links.peer_arenas.back().advise_huge_pages();
     bases.push_back(own ? links.arena->base() : links.peer_arenas.back().data());
     sizes.push_back(own ? links.arena->capacity() : links.peer_arenas.back().bytes());
   }

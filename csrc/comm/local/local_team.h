@@ -10,6 +10,7 @@
 // same number of times in an operation, so waiting is for "the n-th signal since the operation began".
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <span>
