@@ -16,6 +16,8 @@ NUMEL = 5_003
 
 
 def _leaf(index, dtype=torch.float32):
+    if dtype.is_complex:
+        return torch.complex(_leaf(index), _leaf(index + 17))
     return tensor_of(index, NUMEL, dtype) * 10.0 ** (index % 4)
 
 
@@ -27,7 +29,7 @@ def _tree(leaves):
 
 
 def _reductions(rank, world_size):
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.complex64):
         expected = _tree([_leaf(peer, dtype) for peer in range(world_size)])
         tensor = _leaf(rank, dtype)
         comm.all_reduce_tree(tensor)
