@@ -16,6 +16,8 @@ NUMEL = 5_003
 
 
 def _leaf(index, dtype=torch.float32):
+    if dtype.is_complex:
+        return torch.complex(_leaf(index), _leaf(index + 17))
     return tensor_of(index, NUMEL, dtype) * 10.0 ** (index % 4)
 
 
@@ -27,14 +29,17 @@ def _tree(leaves):
 
 
 def _reductions(rank, world_size):
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.complex64):
         expected = _tree([_leaf(peer, dtype) for peer in range(world_size)])
         tensor = _leaf(rank, dtype)
         comm.all_reduce_tree(tensor)
         assert torch.equal(tensor, expected)
         tensor = _leaf(rank, dtype)
         comm.all_reduce_tree(tensor, op=dist.ReduceOp.AVG, async_op=True).wait()
+        if dtype.is_complex:  # part by part; torch's complex division rounds otherwise
+            tensor, expected = torch.view_as_real(tensor), torch.view_as_real(expected)
         assert torch.equal(tensor, expected / world_size)
+        expected = torch.view_as_complex(expected) if dtype.is_complex else expected
         whole, part = _leaf(rank, dtype).repeat(world_size), torch.empty(NUMEL, dtype=dtype)
         comm.reduce_scatter_tree(part, whole)
         assert torch.equal(part, expected)

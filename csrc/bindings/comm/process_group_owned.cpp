@@ -17,7 +17,7 @@ namespace {
 Body all_reduce_tree_of(at::Tensor tensor, comm::Reduction reduction) {
   return [tensor = std::move(tensor), reduction](Communicator& group, milliseconds timeout) {
     const auto dense = dense_input(tensor);
-    group.all_reduce_tree(dense.mutable_data_ptr(), dense.numel(), reduction, timeout);
+    group.all_reduce_tree(dense.mutable_data_ptr(), num_reduced(dense), reduction, timeout);
     write_back(dense, tensor);
   };
 }
@@ -30,7 +30,7 @@ Body reduce_scatter_tree_of(at::Tensor input, at::Tensor output, comm::Reduction
     const auto* first = static_cast<const char*>(whole.const_data_ptr());
     std::vector<const void*> parts(group.size());
     for (size_t rank = 0; rank < parts.size(); ++rank) parts[rank] = first + rank * part.nbytes();
-    group.reduce_scatter_tree(parts, part.mutable_data_ptr(), part.numel(), reduction, timeout);
+    group.reduce_scatter_tree(parts, part.mutable_data_ptr(), num_reduced(part), reduction, timeout);
     write_back(part, output);
   };
 }

@@ -28,25 +28,29 @@ constexpr int8_t kPlusInf = 127, kMinusInf = -127, kNan = -128;
 
 MLSYS_INLINE bool is_finite_bits(float value) { return (bits_of(value) & kInfinity) != kInfinity; }
 
+// The flags of the kernels are template parameters: a test inside a loop would keep it from being vectorised.
+template <bool kFeedback>
 struct EncodeBf16 {
   MLSYS_INLINE void operator()(const float* values, float* residual, std::byte* encoded, size_t count) const {
     for (size_t i = 0; i < count; ++i) {
-      const uint16_t bits = to_bfloat16(residual == nullptr ? values[i] : values[i] + residual[i]).bits;
-      std::memcpy(encoded + 2 * i, &bits, 2);
-      if (residual == nullptr) continue;
-      const float lost = values[i] + residual[i] - to_float(BFloat16{bits});
-      residual[i] = is_finite_bits(lost) ? lost : 0.0F;
+      const float sum = kFeedback ? values[i] + residual[i] : values[i];
+      const BFloat16 element = to_bfloat16(sum);
+      std::memcpy(encoded + 2 * i, &element.bits, 2);
+      if constexpr (kFeedback) {
+        const float lost = sum - to_float(element);
+        residual[i] = is_finite_bits(lost) ? lost : 0.0F;
+      }
     }
   }
 };
 
+template <bool kAdds>
 struct DecodeBf16 {
-  bool adds;
   MLSYS_INLINE void operator()(const std::byte* encoded, float* values, size_t count) const {
     for (size_t i = 0; i < count; ++i) {
       BFloat16 element;
       std::memcpy(&element.bits, encoded + 2 * i, 2);
-      values[i] = adds ? values[i] + to_float(element) : to_float(element);
+      values[i] = kAdds ? values[i] + to_float(element) : to_float(element);
     }
   }
 };
@@ -92,11 +96,12 @@ void encode_special(const float* sums, float* residual, std::byte* encoded, size
   }
 }
 
+template <bool kFeedback>
 struct EncodeInt8 {
   MLSYS_INLINE void operator()(const float* values, float* residual, std::byte* encoded, size_t count) const {
     for (size_t first = 0; first < count; first += kBlock) {
       const size_t n = std::min(kBlock, count - first);
-      block(values + first, residual == nullptr ? nullptr : residual + first, encoded, n);
+      block(values + first, kFeedback ? residual + first : nullptr, encoded, n);
       encoded += kScaleBytes + n;
     }
   }
@@ -106,16 +111,18 @@ struct EncodeInt8 {
     alignas(64) float sums[kBlock];
     uint32_t largest = 0;  // magnitudes compare as their bits do, and integers have a maximum in any order
     for (size_t i = 0; i < n; ++i) {
-      sums[i] = residual == nullptr ? values[i] : values[i] + residual[i];
+      sums[i] = kFeedback ? values[i] + residual[i] : values[i];
       largest = std::max(largest, bits_of(sums[i]) & kMagnitude);
     }
     if (largest >= kInfinity) return encode_special(sums, residual, encoded, n);
     const Scale scale = scale_for(largest, kTop);
     std::memcpy(encoded, &scale.value, kScaleBytes);
     auto* bytes = reinterpret_cast<int8_t*>(encoded + kScaleBytes);
-    for (size_t i = 0; i < n; ++i) bytes[i] = rounded(sums[i] * scale.inverse, kTop);
-    if (residual == nullptr) return;
-    for (size_t i = 0; i < n; ++i) residual[i] = sums[i] - static_cast<float>(bytes[i]) * scale.value;
+    for (size_t i = 0; i < n; ++i) {
+      const int8_t byte = rounded(sums[i] * scale.inverse, kTop);
+      bytes[i] = byte;
+      if constexpr (kFeedback) residual[i] = sums[i] - static_cast<float>(byte) * scale.value;
+    }
   }
 };
 
@@ -130,8 +137,8 @@ void decode_special(const std::byte* encoded, float scale, float* values, size_t
   }
 }
 
+template <bool kAdds>
 struct DecodeInt8 {
-  bool adds;
   MLSYS_INLINE void operator()(const std::byte* encoded, float* values, size_t count) const {
     for (size_t first = 0; first < count; first += kBlock) {
       const size_t n = std::min(kBlock, count - first);
@@ -140,11 +147,12 @@ struct DecodeInt8 {
       const auto* bytes = reinterpret_cast<const int8_t*>(encoded + kScaleBytes);
       float* target = values + first;
       if ((bits_of(scale) & ~kMagnitude) != 0) {
-        decode_special(encoded + kScaleBytes, scale, target, n, adds);
-      } else if (adds) {
-        for (size_t i = 0; i < n; ++i) target[i] += static_cast<float>(bytes[i]) * scale;
+        decode_special(encoded + kScaleBytes, scale, target, n, kAdds);
       } else {
-        for (size_t i = 0; i < n; ++i) target[i] = static_cast<float>(bytes[i]) * scale;
+        for (size_t i = 0; i < n; ++i) {
+          const float value = static_cast<float>(bytes[i]) * scale;
+          target[i] = kAdds ? target[i] + value : value;
+        }
       }
       encoded += kScaleBytes + n;
     }
@@ -165,27 +173,29 @@ size_t Codec::encoded_bytes(size_t count) const {
 }
 
 void Codec::encode(const float* values, float* residual, std::byte* encoded, size_t count) const {
+  const auto run = [&](const auto& kernel) { run_simd(level_, kernel, values, residual, encoded, count); };
+  const bool feedback = residual != nullptr;
   if (compression_ == Compression::kBFloat16) {
-    run_simd(level_, EncodeBf16{}, values, residual, encoded, count);
+    feedback ? run(EncodeBf16<true>{}) : run(EncodeBf16<false>{});
   } else {
-    run_simd(level_, EncodeInt8{}, values, residual, encoded, count);
+    feedback ? run(EncodeInt8<true>{}) : run(EncodeInt8<false>{});
   }
 }
 
 void Codec::decode(const std::byte* encoded, float* values, size_t count, float divisor) const {
   if (compression_ == Compression::kBFloat16) {
-    run_simd(level_, DecodeBf16{.adds = false}, encoded, values, count);
+    run_simd(level_, DecodeBf16<false>{}, encoded, values, count);
   } else {
-    run_simd(level_, DecodeInt8{.adds = false}, encoded, values, count);
+    run_simd(level_, DecodeInt8<false>{}, encoded, values, count);
   }
   if (divisor != 1.0F) run_simd(level_, Divide{}, values, count, divisor);
 }
 
 void Codec::decode_add(const std::byte* encoded, float* sum, size_t count) const {
   if (compression_ == Compression::kBFloat16) {
-    run_simd(level_, DecodeBf16{.adds = true}, encoded, sum, count);
+    run_simd(level_, DecodeBf16<true>{}, encoded, sum, count);
   } else {
-    run_simd(level_, DecodeInt8{.adds = true}, encoded, sum, count);
+    run_simd(level_, DecodeInt8<true>{}, encoded, sum, count);
   }
 }
 
