@@ -61,7 +61,6 @@ def build_runner(
     arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None)
     if group is not None:
         _broadcast_model(model, arenas, group)
-    guard.guard(model)
     buffers = BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group))
     update: Update
     reduction: Reduction | None
@@ -77,6 +76,7 @@ def build_runner(
     invariant = plan.numerics == "world_invariant"
     sum_over_ranks = comm.all_reduce_tree if invariant else dist.all_reduce
     reducer = Reducer(arenas.buckets, reduction, automatic=not invariant)
+    guard.guard(model)
     runner = DataParallelRunner(
         plan=plan,
         model=model,

@@ -137,7 +137,7 @@ class DataParallel:
         if self.shard != "none":
             raise ConfigError(
                 f'numerics="world_invariant" with DataParallel(shard={self.shard!r}).',
-                "The canonical tree is of an all-reduce, and a sharded optimizer reduces to each rank its part.",
+                "The canonical tree is of an all-reduce; a sharded optimizer reduces to each rank its part.",
                 'Use shard="none", or numerics="reproducible".',
             )
         leaves = self.virtual_shards or _VIRTUAL_SHARDS
