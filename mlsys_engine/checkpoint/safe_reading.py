@@ -85,6 +85,14 @@ class SafeLoadPlanner(DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Called by DCP first; it replaces values of classes that it does not know by None."""
+        shards = {key: value for key, value in state_dict.items() if isinstance(value, FlatShard)}
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        self.state_dict.update(shards)
+
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Called by DCP for every tensor to read into; it would not look for a FlatShard itself."""
         found = self.state_dict[index.fqn]

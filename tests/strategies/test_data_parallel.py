@@ -42,7 +42,7 @@ def test_the_size_of_buckets_is_part_of_the_plan():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"shard": "gradients"}, "This version builds shard='none' and 'optimizer' only"),
+        ({"shard": "gradients"}, "This version builds shard='none' or 'optimizer' only"),
         ({"shard": "parameters"}, "Leave shard out"),
         ({"sync": "async"}, "This version builds sync='step' only"),
         ({"shard": "optimiser"}, "Did you mean 'optimizer'"),
