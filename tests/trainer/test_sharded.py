@@ -61,6 +61,7 @@ def _squares(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
 
 def _leg(rank: int, world_size: int, folder: str, layout: tuple[str, str], steps: range) -> bool:
     """Goes on from the newest checkpoint for some steps and saves; whether all state was loaded in parts."""
+    torch.set_num_threads(1)  # or a rank alone would cut its matrix products otherwise
     kind, shard = layout
     factory = {
         "adamw": lambda named: optim.AdamW(named, lr=0.01),
