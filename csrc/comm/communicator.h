@@ -225,6 +225,14 @@ class Communicator {
   // `callback` is called once when the group fails, on the watch thread (here, if it has failed already). It
   // must be short and must not throw. Replaces an earlier one. Needs a first operation to notice anything.
   virtual void on_failure(std::function<void()> callback) = 0;
+  // What survivors need to regroup after a failure, once the group has connected (`present` is empty before).
+  // The group ranks that are neither known to have died nor to have left, this one among them.
+  virtual std::vector<int> present() const = 0;
+  // Whether it is known to have left in good order.
+  virtual bool has_left(int rank) const = 0;
+  // A text of at most 251 characters that every present rank can read, also when the group has failed.
+  virtual void post_notice(const std::string& text) = 0;
+  virtual std::string notice(int rank) const = 0;
   // Tells all ranks, at once, that this rank fails for `cause`; their waits throw PeerFailed naming it.
   virtual void poison(const std::string& cause) = 0;
   // Orderly end: waits for nothing, joins the threads, closes sockets. Idempotent; also run by the

@@ -240,6 +240,32 @@ void Engine::tell_of_failure() {
   if (callback) callback();
 }
 
+std::vector<int> Engine::present() const {
+  std::vector<int> ranks;
+  const Links* l = connected_.load(std::memory_order_acquire);
+  for (int rank = 0; l != nullptr && rank < options_.size; ++rank) {
+    if (l->faults->presence(rank) == kPresent) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+bool Engine::has_left(int rank) const {
+  check_rank(rank, "rank");
+  const Links* l = connected_.load(std::memory_order_acquire);
+  return l != nullptr && l->faults->has_left(rank);
+}
+
+void Engine::post_notice(const std::string& text) {
+  if (const Links* l = connected_.load(std::memory_order_acquire))
+    l->faults->post_notice(options_.rank, text);
+}
+
+std::string Engine::notice(int rank) const {
+  check_rank(rank, "rank");
+  const Links* l = connected_.load(std::memory_order_acquire);
+  return l == nullptr ? "" : l->faults->notice(rank);
+}
+
 void Engine::poison(const std::string& cause) {
   if (options_.size == 1 || shut_down_.load(std::memory_order_acquire) || is_forked_child()) return;
   if (Links* l = connected_.load(std::memory_order_acquire)) {

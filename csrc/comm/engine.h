@@ -60,6 +60,10 @@ class Engine final : public Communicator {
   std::string describe_transports() const override;
   void expect_healthy() const override;
   void on_failure(std::function<void()> callback) override;
+  std::vector<int> present() const override;
+  bool has_left(int rank) const override;
+  void post_notice(const std::string& text) override;
+  std::string notice(int rank) const override;
   void poison(const std::string& cause) override;
   void shutdown() override;
 

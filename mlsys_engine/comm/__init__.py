@@ -2,7 +2,8 @@
 
 `torch.distributed.init_process_group("mlsys")` is then all that DDP, FSDP2, DTensor and DCP need for CPU
 tensors (CUDA tensors are refused in words). The functions here are torch.distributed's, plus `empty` (tensors
-in shared memory), `counters` and `poison`. Nothing is opened, started or loaded before a group is created.
+in shared memory), `counters`, `poison` and `reconfigure`. Nothing is opened, started or loaded before a group
+is created.
 """
 
 from mlsys_engine.comm.arena import empty, in_arena
@@ -23,6 +24,7 @@ from mlsys_engine.comm.functional import (
     scatter,
     send,
 )
+from mlsys_engine.comm.launch.regroup import reconfigure
 from mlsys_engine.comm.sharded import (
     RuleTable,
     reduce_scatter_optimize_all_gather,
@@ -53,6 +55,7 @@ __all__ = [
     "in_arena",
     "num_hosts",
     "poison",
+    "reconfigure",
     "recv",
     "reduce",
     "reduce_scatter",

@@ -90,7 +90,14 @@ void deliver(std::span<const uint8_t> data) {
       mailbox.post(std::make_shared<MessageState>(MessageState::Direction::kReceive, buffers.back().data(),
                                                   bytes, data[i] % 8 == 0 ? -1 : source, tag));
     } else {
-      inbound.push_back(mailbox.begin(source, {tag, bytes}));
+      const bool large = data[i] % 16 == 5;
+      const MessageHeader header{large ? MessageHeader::Kind::kOffer : MessageHeader::Kind::kEager, tag,
+                                 bytes, i, 0};
+      if (large) (void)mailbox.offer(source, header, 1 + i % 2);
+      if (!large) inbound.push_back(mailbox.begin(source, header));
+    }
+    for (const auto& claimed : mailbox.take_claimed()) {
+      if (claimed->receive != nullptr && claimed->bytes != 0) inbound.push_back(claimed);
     }
     for (const auto& message : inbound) {
       if (message->received == message->bytes) continue;
@@ -141,7 +148,8 @@ std::vector<Bytes> corpus() {
           bytes_of(encode(dead_frame(2))),
           bytes_of(encode(standing_frame(3, {Standing::State::kStopped, descriptor}))),
           bytes_of(encode(notice_frame(1, "host 127.0.0.1 port 4"))),
-          bytes_of(encode(MessageHeader{7, 1000}))};
+          bytes_of(encode(MessageHeader{MessageHeader::Kind::kEager, 7, 1000, 0, 0})),
+          bytes_of(encode(MessageHeader{MessageHeader::Kind::kInArena, 7, 1 << 20, 3, 4096}))};
 }
 
 void mutate(Bytes& bytes, std::mt19937& random) {

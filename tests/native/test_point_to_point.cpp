@@ -1,6 +1,7 @@
 // Messages: matching, order, sizes, any source, both transports, life after the request.
 #include <atomic>
 #include <cstring>
+#include <fstream>
 #include <numeric>
 
 #include "check.h"
@@ -21,6 +22,12 @@ std::vector<int> numbers(size_t count, int first) {
   std::vector<int> values(count);
   std::iota(values.begin(), values.end(), first);
   return values;
+}
+
+size_t resident_bytes() {
+  size_t total = 0, resident = 0;
+  std::ifstream("/proc/self/statm") >> total >> resident;
+  return resident * 4096;
 }
 
 }  // namespace
@@ -98,11 +105,11 @@ TEST(a_rank_may_send_to_itself) {
   });
 }
 
-TEST(a_send_completes_although_the_receiver_only_runs_collectives) {
+TEST(a_small_send_completes_although_the_receiver_only_runs_collectives) {
   for (const ranks::Job& job : pairs()) {
     ranks::run(job, [](Rank& r) {
       float one = 1;
-      const std::vector<int> data = numbers(1000000, 0);  // more than the kernel buffers
+      const std::vector<int> data = numbers(16384, 0);  // 64 KiB, the most that goes unasked
       if (r.rank == 0) r.comm->send(data.data(), data.size() * sizeof(int), 1, 9)->wait(kDefault);
       r.comm->all_reduce(&one, 1, {mlsys::comm::ElementType::kFloat32}, kDefault);
       CHECK_EQUAL(one, 2.0F);
@@ -111,6 +118,83 @@ TEST(a_send_completes_although_the_receiver_only_runs_collectives) {
         r.comm->recv(got.data(), got.size() * sizeof(int), 0, 9)->wait(kDefault);
         CHECK(got == data);
       }
+    });
+  }
+}
+
+TEST(a_large_message_stays_with_its_sender_until_somebody_asks) {
+  for (const ranks::Job& job : pairs()) {
+    ranks::run(job, [](Rank& r) {
+      constexpr size_t kCount = 16 << 20;  // 64 MiB
+      const std::vector<int> data = r.rank == 0 ? numbers(kCount, 5) : std::vector<int>();
+      const int last = 7;
+      std::shared_ptr<mlsys::comm::Request> large;
+      r.comm->barrier(kDefault);
+      const size_t before = resident_bytes();
+      if (r.rank == 0) {
+        large = r.comm->send(data.data(), kCount * sizeof(int), 1, 9);
+        r.comm->send(&last, sizeof(last), 1, 10)->wait(kDefault);
+      } else {
+        int got = 0;
+        r.comm->recv(&got, sizeof(got), 0, 10)->wait(kDefault);  // so the offer is here, too
+        CHECK_EQUAL(got, last);
+        CHECK(resident_bytes() - before < (8 << 20));
+      }
+      r.comm->barrier(kDefault);
+      if (r.rank == 0) {
+        CHECK(!large->completed());
+        ranks::post(r, "seen", "x");
+        large->wait(kDefault);
+      } else {
+        ranks::await_post(r, "seen");
+        std::vector<int> got(kCount);
+        r.comm->recv(got.data(), kCount * sizeof(int), 0, 9)->wait(kDefault);
+        CHECK(got == numbers(kCount, 5));
+      }
+    });
+  }
+}
+
+TEST(large_messages_from_the_arena_arrive_whole_and_in_order) {
+  for (const ranks::Job& job : pairs()) {
+    ranks::run(job, [](Rank& r) {
+      constexpr size_t kCount = 200000;
+      const std::shared_ptr<void> memory = r.comm->allocate(3 * kCount * sizeof(int));
+      auto* values = static_cast<int*>(memory.get());
+      std::iota(values, values + 3 * kCount, 0);
+      std::vector<std::shared_ptr<mlsys::comm::Request>> requests;
+      std::vector<int> got(3 * kCount);
+      for (size_t part = 0; part < 3; ++part) {
+        const size_t bytes = kCount * sizeof(int);
+        if (r.rank == 0) {
+          requests.push_back(r.comm->send(values + part * kCount, bytes, 1, 4));
+        } else {
+          requests.push_back(r.comm->recv(got.data() + part * kCount, bytes, 0, 4));
+        }
+      }
+      for (const auto& request : requests) request->wait(kDefault);
+      if (r.rank == 1) CHECK(got == numbers(3 * kCount, 0));
+      r.comm->barrier(kDefault);
+    });
+  }
+}
+
+TEST(a_large_receive_of_another_size_is_a_mismatch_and_ends_the_send) {
+  for (const ranks::Job& job : pairs()) {
+    ranks::run(job, [](Rank& r) {
+      std::vector<int> data = numbers(50000, 0);
+      if (r.rank == 0) {
+        r.comm->send(data.data(), 200000, 1, 1)->wait(kDefault);
+        r.comm->send(data.data(), 160000, 1, 1)->wait(kDefault);
+      } else {
+        std::vector<int> got(50000);
+        const auto wrong = r.comm->recv(got.data(), 199996, 0, 1);
+        CHECK_THROWS(Mismatch, wrong->wait(kDefault),
+                     "rank 0 sent 200000 bytes to rank 1, which expected 199996.");
+        r.comm->recv(got.data(), 160000, 0, 1)->wait(kDefault);
+        CHECK_EQUAL(got[39999], 39999);
+      }
+      r.comm->barrier(kDefault);
     });
   }
 }

@@ -120,6 +120,15 @@ PYBIND11_MODULE(_comm, m) {
            py::call_guard<py::gil_scoped_release>())
       .def("num_hosts",
            [](ProcessGroupMlsys& group) { return group.membership()->communicator().num_hosts(); })
+      .def("present", [](ProcessGroupMlsys& group) { return group.membership()->communicator().present(); })
+      .def("has_left", [](ProcessGroupMlsys& group,
+                          int rank) { return group.membership()->communicator().has_left(rank); })
+      .def("post_notice",
+           [](ProcessGroupMlsys& group, const std::string& text) {
+             group.membership()->communicator().post_notice(text);
+           })
+      .def("notice",
+           [](ProcessGroupMlsys& group, int rank) { return group.membership()->communicator().notice(rank); })
       .def("farewell", [](ProcessGroupMlsys& group) { return Farewell{group.membership()}; });
 
   m.def("presence", [] {

@@ -124,14 +124,19 @@ std::vector<int> control_peers(const Topology& topology) {
   return peers;
 }
 
-std::map<int, Socket> open_controls(Links& links, const Liveness& liveness, Deadline deadline) {
+std::map<int, Socket> open_controls(Links& links, Rendezvous& rendezvous, const Liveness& liveness,
+                                    Deadline deadline) {
   std::map<int, Socket> controls;
   if (links.mesh == nullptr) return controls;
   const std::vector<int> peers = control_peers(links.topology);
   Descriptor op;
   op.rank = links.topology.global(links.topology.rank);
   links.mesh->begin(op, deadline);
-  links.mesh->ensure(peers, Purpose::kControl, [&](int rank) { return liveness.is_dead(rank); });
+  links.mesh->ensure(peers, Purpose::kControl, [&](int rank) {
+    if (liveness.is_dead(rank)) return true;
+    rendezvous.heed_failures();
+    return false;
+  });
   for (const int peer : peers) controls.emplace(peer, links.mesh->take_control(peer));
   return controls;
 }
@@ -173,6 +178,8 @@ std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& option
     const Identity& identity = identities[static_cast<size_t>(rank)];
     topology.members.push_back({global_rank(options, rank), identity.host, identity.pid});
     links->message_endpoints.push_back({identity.message_socket, {}});
+    // Elsewhere its pid may be another process's.
+    links->readable.push_back(!mine.process_space.empty() && identity.process_space == mine.process_space);
   }
   SharedHost shared =
       prove_locality(rendezvous, links->credentials, links->strangers, identities,
@@ -183,7 +190,7 @@ std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& option
   if (topology.num_hosts() > 1) {
     exchange_addresses(rendezvous, *links, identities, options.sockets_per_peer);
   }
-  std::map<int, Socket> controls = open_controls(*links, liveness, deadline);
+  std::map<int, Socket> controls = open_controls(*links, rendezvous, liveness, deadline);
   std::vector<int> listeners{links->message_unix_listener.get()};
   if (links->message_tcp_listener) listeners.push_back(links->message_tcp_listener.get());
   links->watch = std::make_unique<Watch>(topology, *links->block, *links->faults, std::move(shared.pidfds),
@@ -206,10 +213,9 @@ std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& opti
   } catch (const PeerFailed& failure) {
     rendezvous.give_up({PoisonKind::kPeerFailed, failure.rank, failure.pid, failure.sequence, failure.host,
                         failure.op, failure.cause});
-    throw;
   } catch (const TimedOut& failure) {
-    if (!stop()) rendezvous.give_up({PoisonKind::kTimedOut, -1, 0, 0, "", "connecting", failure.what()});
-    throw;
+    if (stop()) throw;
+    rendezvous.give_up({PoisonKind::kTimedOut, -1, 0, 0, "", "connecting", failure.what()});
   }
 }
 

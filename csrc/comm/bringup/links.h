@@ -39,6 +39,8 @@ struct Links {
   std::unique_ptr<LocalTeam> team;
   std::unique_ptr<Mesh> mesh;  // null when all ranks share this host
   std::vector<MessageEndpoint> message_endpoints;
+  std::vector<bool>
+      readable;  // by rank: its process may let this one read its memory (man 2 process_vm_readv)
   UniqueFd message_unix_listener;
   UniqueFd message_tcp_listener;  // empty when all ranks share this host
   std::unique_ptr<Watch> watch;

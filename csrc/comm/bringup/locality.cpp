@@ -39,13 +39,14 @@ int candidate_leader(const std::vector<Identity>& identities, int rank) {
 struct Patience {
   const std::function<bool()>& stop;
   const Liveness& liveness;
-  const Rendezvous& rendezvous;
+  Rendezvous& rendezvous;
   Deadline deadline;
 
   // Throws when waiting for group rank `awaited` has become pointless; `what` ends the sentence.
   void expect_time(int awaited, const char* what) const {
     if (stop()) throw TimedOut("the group was shut down while it was still connecting.");
     if (liveness.is_dead(awaited)) throw liveness.failure_of(awaited);
+    rendezvous.heed_failures();
     if (std::chrono::steady_clock::now() < deadline) return;
     throw TimedOut("timed out while connecting the group: rank " +
                    std::to_string(rendezvous.global_rank(awaited)) + " " + what);

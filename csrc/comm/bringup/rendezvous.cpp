@@ -55,7 +55,6 @@ std::optional<std::vector<uint8_t>> Rendezvous::look_up(const std::string& key) 
 std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool needs_all,
                                      const std::function<void()>& meanwhile) {
   const std::string key = kind + "/" + std::to_string(rank);
-  auto asked_at = Clock::now();
   for (int round = 0;; ++round) {
     if (stop_()) throw TimedOut("the group was shut down while it was still connecting.");
     if (meanwhile) meanwhile();
@@ -68,10 +67,7 @@ std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool nee
         throw liveness_.failure_of(dead);
       }
       if (!liveness_.knows(rank)) watch(rank);
-      if (Clock::now() - asked_at > kBetweenQuestions) {
-        throw_first_failure();
-        asked_at = Clock::now();
-      }
+      heed_failures();
     } catch (const PeerFailed&) {
       throw;
     } catch (const TimedOut&) {
@@ -80,10 +76,11 @@ std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool nee
       store_is_gone(dead);
     }
     if (Clock::now() >= deadline_) {
-      throw TimedOut("rank " + std::to_string(global_rank(options_.rank)) +
-                     " timed out while connecting the group: nothing heard from rank " +
-                     std::to_string(global_rank(rank)) + " (store key " + prefix_ + key +
-                     "). It has not begun its first operation on this group, or is stopped.");
+      give_up({PoisonKind::kTimedOut, global_rank(rank), 0, 0, "", "connecting",
+               "rank " + std::to_string(global_rank(options_.rank)) +
+                   " timed out while connecting the group: nothing heard from rank " +
+                   std::to_string(global_rank(rank)) + " (store key " + prefix_ + key +
+                   "). It has not begun its first operation on this group, or is stopped."});
     }
     liveness_.sleep(needs_all ? -1 : rank, std::min(milliseconds(1 + round / 4), kLongestPause));
   }
@@ -103,12 +100,29 @@ void Rendezvous::watch_everyone() {
   }
 }
 
+void Rendezvous::heed_failures() {
+  if (Clock::now() - asked_at_ < kBetweenQuestions) return;
+  asked_at_ = Clock::now();
+  try {
+    throw_first_failure();
+  } catch (const PeerFailed&) {
+    throw;
+  } catch (const TimedOut&) {
+    throw;
+  } catch (const std::exception&) {
+    // A store that is gone has nothing to tell; whoever needs it notices by itself.
+  }
+}
+
 void Rendezvous::throw_first_failure() {
   const auto bytes = look_up("failed");
   const auto frame = bytes ? decode_control_frame(*bytes, options_.size) : std::nullopt;
   if (!frame || frame->type != ControlFrame::Type::kPoison) return;
   const Poison& p = frame->poison;
-  if (p.kind == PoisonKind::kTimedOut) throw TimedOut(p.cause);
+  if (p.kind == PoisonKind::kTimedOut) {
+    const bool mine = p.rank == global_rank(options_.rank);
+    throw TimedOut(mine ? "this rank is out of the group, which gave it up: " + p.cause : p.cause);
+  }
   throw PeerFailed(p.rank, p.host, p.pid, p.cause, p.op, p.sequence);
 }
 
@@ -123,6 +137,8 @@ void Rendezvous::give_up(const Poison& mine) {
   } catch (const std::exception&) {
     // The store is gone as well: what this rank knows by itself is all there is to tell.
   }
+  if (mine.kind == PoisonKind::kTimedOut) throw TimedOut(mine.cause);
+  throw PeerFailed(mine.rank, mine.host, mine.pid, mine.cause, mine.op, mine.sequence);
 }
 
 void Rendezvous::store_is_gone(int dead) {

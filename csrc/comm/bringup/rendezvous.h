@@ -37,9 +37,11 @@ class Rendezvous {
   void watch_everyone();
   int global_rank(int rank) const;
 
-  // Publishes why this rank gives up, unless somebody was first: then that is thrown. Never fails for the
-  // store's sake, which may be gone as well.
-  void give_up(const Poison& mine);
+  // Throws what another rank has published with give_up(); asks the store only now and then.
+  void heed_failures();
+  // Publishes why this rank gives up and throws it, unless somebody was first: then that is thrown. The store
+  // may be gone as well.
+  [[noreturn]] void give_up(const Poison& mine);
 
  private:
   std::optional<std::vector<uint8_t>> look_up(const std::string& key);
@@ -54,6 +56,7 @@ class Rendezvous {
   std::function<bool()> stop_;
   std::string prefix_;
   std::chrono::steady_clock::time_point deadline_;
+  std::chrono::steady_clock::time_point asked_at_ = std::chrono::steady_clock::now();
 };
 
 }  // namespace mlsys::comm

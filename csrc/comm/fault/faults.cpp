@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 
@@ -124,17 +125,33 @@ void Faults::fail_dead(int culprit, const std::string& cause, const Descriptor& 
   throw_poison();
 }
 
+// Empty while the group connects: there is no watch thread yet. The mutex is held meanwhile, so that the
+// watch thread outlives the question.
+std::vector<Standing> Faults::inquire() const {
+  const std::lock_guard lock(inquiry_mutex_);
+  return inquiry_ ? inquiry_() : std::vector<Standing>();
+}
+
 void Faults::give_up(std::span<const int> awaited, const Descriptor& op) const {
-  std::vector<Standing> standings;  // empty while the group connects: there is no watch thread yet
-  {
-    const std::lock_guard lock(
-        inquiry_mutex_);  // held meanwhile, so that the watch thread outlives the question
-    if (inquiry_) standings = inquiry_();
-  }
+  const std::vector<Standing> standings = inquire();
   check();  // somebody else may have been quicker
   const Verdict verdict = judge(topology_, standings, awaited, op);
   const int culprit = verdict.culprit < 0 ? -1 : topology_.global(verdict.culprit);
-  poison({PoisonKind::kTimedOut, culprit, 0, op.sequence, "", name_of(op.kind), verdict.text});
+  const std::string text = "rank " + std::to_string(op.rank) + " timed out in " + describe(op) +
+                           " waiting for rank " + std::to_string(culprit) + "." + verdict.findings;
+  poison({PoisonKind::kTimedOut, culprit, 0, op.sequence, "", name_of(op.kind), text});
+  throw_poison();
+}
+
+void Faults::give_up_message(int peer, const std::string& what) const {
+  const std::vector<Standing> standings = inquire();
+  check();
+  const std::array awaited{peer};
+  const Verdict verdict = judge(
+      topology_, standings, peer < 0 ? std::span<const int>() : std::span<const int>(awaited), Descriptor{});
+  if (!verdict.unreachable) throw TimedOut(what + verdict.findings);
+  poison({PoisonKind::kTimedOut, topology_.global(verdict.culprit), 0, 0, "", "send or recv",
+          what + verdict.findings});
   throw_poison();
 }
 

@@ -67,7 +67,10 @@ class Faults {
   // `op` outlived its timeout waiting for `awaited`: finds out whom to blame, tells the whole group, which is
   // given up for all, and throws TimedOut.
   [[noreturn]] void give_up(std::span<const int> awaited, const Descriptor& op) const;
-  // The watch thread's side of give_up(); null takes it away.
+  // A message from or to group rank `peer` (-1: any) is late, as `what` says: throws TimedOut with what every
+  // rank is doing. Only when one of them is stopped or unreachable is the group given up for all.
+  [[noreturn]] void give_up_message(int peer, const std::string& what) const;
+  // The watch thread's side of both; null takes it away.
   void attach(Inquiry inquiry) const;
 
   bool has_left(int rank) const { return presence(rank) == kLeft; }
@@ -92,6 +95,8 @@ class Faults {
   void wake_futexes() const;
 
  private:
+  std::vector<Standing> inquire() const;
+
   const Topology& topology_;
   const ControlBlock& block_;
   std::vector<UniqueFd> doorbells_;

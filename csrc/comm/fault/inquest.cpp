@@ -41,15 +41,11 @@ Verdict judge(const Topology& topology, std::span<const Standing> standings, std
   for (const std::vector<int>& suspects : {stopped, behind, silent, {awaited.begin(), awaited.end()}}) {
     if (verdict.culprit < 0 && !suspects.empty()) verdict.culprit = suspects.front();
   }
-  verdict.text = "rank " + std::to_string(op.rank) + " timed out in " + describe(op);
-  if (verdict.culprit >= 0) {
-    verdict.text += " waiting for rank " + std::to_string(topology.global(verdict.culprit));
-  }
-  verdict.text += ".";
+  verdict.unreachable = !stopped.empty() || (behind.empty() && !silent.empty());
   for (size_t part = 0; part < 4; ++part) {
-    if (!parts[part].empty()) verdict.text += titles[part] + parts[part];
+    if (!parts[part].empty()) verdict.findings += titles[part] + parts[part];
   }
-  verdict.text.back() = '.';
+  if (!verdict.findings.empty()) verdict.findings.back() = '.';
   return verdict;
 }
 

@@ -18,13 +18,14 @@ struct Standing {
 };
 
 struct Verdict {
-  int culprit = -1;  // group rank
-  std::string text;
+  int culprit = -1;          // group rank
+  bool unreachable = false;  // its process is stopped, or nothing was heard of it
+  std::string findings;      // " Stopped: rank 1 last called ...; Arrived: ..."
 };
 
 // `standings` has one entry for each rank of the group, or none when nobody could be asked; `awaited` are the
 // ranks that the caller waited for in `op`. Blames, in this order, a rank whose process is stopped, one that
-// has not begun the operation, one of which nothing was heard, the first awaited one.
+// has not begun the operation (a collective), one of which nothing was heard, the first awaited one.
 Verdict judge(const Topology& topology, std::span<const Standing> standings, std::span<const int> awaited,
               const Descriptor& op);
 

@@ -23,9 +23,13 @@ void Mailbox::post(std::shared_ptr<MessageState> receive) {
   }
   const std::shared_ptr<Inbound> message = *found;
   unexpected_.erase(found);
-  if (!size_fits(receive, *message)) return;
-  message->receive = std::move(receive);
-  if (message->received == message->bytes) deliver(*message);
+  const bool fits = size_fits(receive, *message);
+  if (fits) message->receive = std::move(receive);
+  if (message->offered) {
+    claimed_.push_back(message);
+  } else if (fits && message->received == message->bytes) {
+    deliver(*message);
+  }
 }
 
 std::shared_ptr<Inbound> Mailbox::begin(int source, const MessageHeader& header) {
@@ -33,18 +37,37 @@ std::shared_ptr<Inbound> Mailbox::begin(int source, const MessageHeader& header)
   message->source = source;
   message->tag = header.tag;
   message->bytes = header.bytes;
-  const auto found = std::find_if(posted_.begin(), posted_.end(),
-                                  [&](const auto& receive) { return matches(*receive, source, header.tag); });
-  if (found == posted_.end()) {
-    unexpected_.push_back(message);
-  } else {
-    const std::shared_ptr<MessageState> receive = *found;
-    posted_.erase(found);
-    message->direct = true;  // with the wrong size its payload is discarded: room() finds no receive
-    if (size_fits(receive, *message)) message->receive = receive;
-  }
+  match(message);
   if (message->bytes == 0) advance(message, 0);
   return message;
+}
+
+std::shared_ptr<Inbound> Mailbox::offer(int source, const MessageHeader& header, uint64_t connection) {
+  auto message = std::make_shared<Inbound>();
+  message->source = source;
+  message->tag = header.tag;
+  message->bytes = header.bytes;
+  message->offered = true;
+  message->connection = connection;
+  message->id = header.id;
+  match(message);
+  if (message->direct) claimed_.push_back(message);
+  message->direct = true;  // its payload never goes into `kept`
+  return message;
+}
+
+void Mailbox::match(const std::shared_ptr<Inbound>& message) {
+  const auto found = std::find_if(posted_.begin(), posted_.end(), [&](const auto& receive) {
+    return matches(*receive, message->source, message->tag);
+  });
+  if (found == posted_.end()) {
+    unexpected_.push_back(message);
+    return;
+  }
+  const std::shared_ptr<MessageState> receive = *found;
+  posted_.erase(found);
+  message->direct = true;  // with the wrong size its payload is discarded: room() finds no receive
+  if (size_fits(receive, *message)) message->receive = receive;
 }
 
 std::span<std::byte> Mailbox::room(Inbound& message, size_t wanted) {
@@ -86,6 +109,7 @@ void Mailbox::deliver(const Inbound& message) {
 
 void Mailbox::break_off(const std::shared_ptr<Inbound>& message, std::exception_ptr error) {
   unexpected_.remove(message);
+  std::erase(claimed_, message);
   if (message->receive != nullptr) ended_.push_back({message->receive, -1, std::move(error)});
 }
 

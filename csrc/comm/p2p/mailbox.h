@@ -14,14 +14,18 @@
 
 namespace mlsys::comm {
 
-// A message on its way in. Its payload goes straight into the receive that claimed it before it started, else
-// into `kept`, from where a later receive copies it.
+// A message on its way in. The payload of a small one goes straight into the receive that claimed it before
+// it started, else into `kept`, from where a later receive copies it. A large one is only offered: its
+// payload stays with the sender until a receive has claimed it.
 struct Inbound {
   int source = -1;
   uint64_t tag = 0;
   size_t bytes = 0;
   size_t received = 0;
   bool direct = false;
+  bool offered = false;
+  uint64_t connection = 0;  // by which an offer came, and its number there
+  uint64_t id = 0;
   std::vector<std::byte> kept;
   std::shared_ptr<MessageState> receive;
 };
@@ -40,6 +44,11 @@ class Mailbox {
 
   void post(std::shared_ptr<MessageState> receive);
   std::shared_ptr<Inbound> begin(int source, const MessageHeader& header);
+  // The same for a message whose payload is only to come when take_claimed() has named it.
+  std::shared_ptr<Inbound> offer(int source, const MessageHeader& header, uint64_t connection);
+  // Offers that a receive has claimed since the last call. Without a receive: of another size than was asked
+  // for, so that nobody wants the payload.
+  std::vector<std::shared_ptr<Inbound>> take_claimed() { return std::exchange(claimed_, {}); }
   // Where the next bytes of the message go, at most `wanted` of them.
   std::span<std::byte> room(Inbound& message, size_t wanted);
   void advance(const std::shared_ptr<Inbound>& message, size_t bytes);
@@ -57,6 +66,8 @@ class Mailbox {
   static bool matches(const MessageState& receive, int source, uint64_t tag) {
     return receive.tag == tag && (receive.peer == source || receive.peer == Communicator::kAnySource);
   }
+  // Gives the message to the receive that was posted for it, or keeps it for a later one.
+  void match(const std::shared_ptr<Inbound>& message);
   bool size_fits(const std::shared_ptr<MessageState>& receive, const Inbound& message);
   void deliver(const Inbound& message);
 
@@ -64,6 +75,7 @@ class Mailbox {
   std::function<int(int)> name_;
   std::list<std::shared_ptr<MessageState>> posted_;
   std::list<std::shared_ptr<Inbound>> unexpected_;  // not claimed yet
+  std::vector<std::shared_ptr<Inbound>> claimed_;
   std::vector<std::byte> discarded_;
   std::vector<Ended> ended_;
 };

@@ -1,7 +1,8 @@
 #include "comm/p2p/message.h"
 
-#include <cstring>
 #include <utility>
+
+#include "comm/wire.h"
 
 namespace mlsys::comm {
 namespace {
@@ -12,22 +13,24 @@ constexpr uint32_t kMagic = 0x4d534c4d;  // "MLSM"
 
 std::array<uint8_t, MessageHeader::kBytes> encode(const MessageHeader& header) {
   std::array<uint8_t, MessageHeader::kBytes> bytes{};
-  std::memcpy(&bytes[0], &kMagic, sizeof(kMagic));
-  std::memcpy(&bytes[8], &header.tag, sizeof(header.tag));
-  std::memcpy(&bytes[16], &header.bytes, sizeof(header.bytes));
+  put(&bytes[0], kMagic);
+  put(&bytes[4], header.kind);
+  put(&bytes[8], header.tag);
+  put(&bytes[16], header.bytes);
+  put(&bytes[24], header.id);
+  put(&bytes[32], header.place);
   return bytes;
 }
 
 std::optional<MessageHeader> decode_message_header(std::span<const uint8_t> bytes) {
-  if (bytes.size() != MessageHeader::kBytes) return std::nullopt;
-  uint32_t magic = 0, reserved = 0;
-  MessageHeader header;
-  std::memcpy(&magic, &bytes[0], sizeof(magic));
-  std::memcpy(&reserved, &bytes[4], sizeof(reserved));
-  std::memcpy(&header.tag, &bytes[8], sizeof(header.tag));
-  std::memcpy(&header.bytes, &bytes[16], sizeof(header.bytes));
-  if (magic != kMagic || reserved != 0 || header.bytes > MessageHeader::kMostBytes) return std::nullopt;
-  return header;
+  if (bytes.size() != MessageHeader::kBytes || read_as<uint32_t>(&bytes[0]) != kMagic) return std::nullopt;
+  const MessageHeader header{read_as<MessageHeader::Kind>(&bytes[4]), read_as<uint64_t>(&bytes[8]),
+                             read_as<uint64_t>(&bytes[16]), read_as<uint64_t>(&bytes[24]),
+                             read_as<uint64_t>(&bytes[32])};
+  const bool known = header.kind >= MessageHeader::Kind::kEager && header.kind <= MessageHeader::Kind::kTaken;
+  const uint64_t most =
+      header.kind == MessageHeader::Kind::kEager ? MessageHeader::kMostEager : MessageHeader::kMostBytes;
+  return known && header.bytes <= most ? std::optional(header) : std::nullopt;
 }
 
 void MessageState::complete(int source, std::exception_ptr error) {
@@ -70,6 +73,11 @@ bool MessageState::wait_until(std::chrono::steady_clock::time_point deadline) {
   if (!changed_.wait_until(lock, deadline, [this] { return done_; })) return false;
   if (error_) std::rethrow_exception(error_);
   return true;
+}
+
+bool MessageState::wait_quietly(std::chrono::milliseconds limit) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, limit, [this] { return done_; });
 }
 
 }  // namespace mlsys::comm

@@ -1,4 +1,4 @@
-// The frame of a point-to-point message, and the state of one send or receive.
+// The frames of point-to-point messages, and the state of one send or receive.
 #pragma once
 
 #include <array>
@@ -15,13 +15,26 @@
 
 namespace mlsys::comm {
 
-// Goes before the payload on a connection.
+// Every frame of a message connection, either way, is a header; after kEager and kPayload the bytes follow.
+//
+//   sender   -> kEager    a small message
+//   sender   -> kOffer    a large one waits here under `id`
+//   receiver -> kPull     somebody has asked for it
+//   sender   -> kPayload  here it is, from another host
+//            or kInArena, kInMemory   its place in this process: fetch it (the same host)
+//   receiver -> kRefuse   this process may not read there; kPayload follows
+//   receiver -> kTaken    it has been fetched, or is not wanted: the send is complete
 struct MessageHeader {
-  static constexpr size_t kBytes = 24;
+  static constexpr size_t kBytes = 40;
+  static constexpr size_t kMostEager = 64 << 10;
   static constexpr uint64_t kMostBytes = uint64_t{1} << 46;
+  enum class Kind : uint32_t { kEager = 1, kOffer, kPull, kPayload, kInArena, kInMemory, kRefuse, kTaken };
 
+  Kind kind = Kind::kEager;
   uint64_t tag = 0;
   uint64_t bytes = 0;
+  uint64_t id = 0;     // of an offered message, counted by its sender for each receiver
+  uint64_t place = 0;  // an offset in the sender's arena, or an address in its process
 };
 
 std::array<uint8_t, MessageHeader::kBytes> encode(const MessageHeader& header);
@@ -41,6 +54,7 @@ class MessageState {
   const size_t bytes;
   const int peer;  // destination or source, or Communicator::kAnySource
   const uint64_t tag;
+  bool lent = false;             // the receiver's process may be reading `data`
   std::vector<std::byte> owned;  // the payload of an abandoned send
 
   // Ends it, well or with an error, and runs the callback. Call without the messenger's mutex.
@@ -50,6 +64,8 @@ class MessageState {
   void on_completion(std::function<void()> callback);
   // False when the time is over first. Throws the error it ended with.
   bool wait_until(std::chrono::steady_clock::time_point deadline);
+  // The same, but tells nothing of the error.
+  bool wait_quietly(std::chrono::milliseconds limit);
 
  private:
   mutable std::mutex mutex_;

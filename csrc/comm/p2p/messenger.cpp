@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cerrno>
 
-#include "comm/p2p/request.h"
-
 namespace mlsys::comm {
 namespace {
 
@@ -38,7 +36,7 @@ std::shared_ptr<Request> Messenger::receive(void* data, size_t bytes, int source
 }
 
 std::shared_ptr<Request> Messenger::enqueue(std::shared_ptr<MessageState> state) {
-  auto request = std::make_shared<MessageRequest>(mutex_, state, options_.timeout);
+  auto request = std::make_shared<MessageRequest>(mutex_, state, informant_, options_.timeout);
   {
     const std::lock_guard lock(*mutex_);
     if (broken_) {
@@ -46,7 +44,8 @@ std::shared_ptr<Request> Messenger::enqueue(std::shared_ptr<MessageState> state)
     } else if (state->direction == MessageState::Direction::kReceive) {
       mailbox_.post(state);
     } else if (state->peer == options_.rank) {
-      const auto message = mailbox_.begin(options_.rank, {state->tag, state->bytes});
+      const auto message =
+          mailbox_.begin(options_.rank, {MessageHeader::Kind::kEager, state->tag, state->bytes, 0, 0});
       while (message->received < message->bytes) {
         const std::span<std::byte> room = mailbox_.room(*message, message->bytes);
         std::copy_n(state->data + message->received, room.size(), room.data());
@@ -54,7 +53,14 @@ std::shared_ptr<Request> Messenger::enqueue(std::shared_ptr<MessageState> state)
       }
       ended_.push_back({state, options_.rank, nullptr});
     } else {
-      outbound_[state->peer].queue.push_back(state);
+      Outbound& outbound = outbound_[state->peer];
+      if (state->bytes <= MessageHeader::kMostEager) {
+        outbound.queue.push_back({{MessageHeader::Kind::kEager, state->tag, state->bytes, 0, 0}, state});
+      } else {
+        const uint64_t id = ++outbound.num_offers;
+        outbound.offered[id] = state;
+        outbound.queue.push_back({{MessageHeader::Kind::kOffer, state->tag, state->bytes, id, 0}, nullptr});
+      }
     }
   }
   flush_ended();
@@ -86,6 +92,10 @@ void Messenger::stop() {
     raise_eventfd(wake_.get());
     thread_.join();
   }
+  {
+    const std::lock_guard lock(informant_->mutex);
+    informant_->faults = nullptr;
+  }
   end_everything(
       std::make_exception_ptr(std::runtime_error("the group was shut down while a message was pending.")));
   const std::lock_guard lock(*mutex_);
@@ -97,13 +107,17 @@ void Messenger::stop() {
 void Messenger::run() noexcept {
   try {
     Links& links = connect_();
+    {
+      const std::lock_guard lock(informant_->mutex);
+      informant_->faults = links.faults.get();
+    }
     acceptors_.emplace_back(std::move(links.message_unix_listener), links.credentials, links.strangers);
     if (links.message_tcp_listener) {
       acceptors_.emplace_back(std::move(links.message_tcp_listener), links.credentials, links.strangers);
     }
     for (;;) {
       std::vector<pollfd> waiting = polls(links);
-      if (::poll(waiting.data(), waiting.size(), kTickMs) < 0 && errno != EINTR)
+      if (::poll(waiting.data(), waiting.size(), fetching() ? 0 : kTickMs) < 0 && errno != EINTR)
         throw_errno("poll of messages");
       {
         const std::lock_guard lock(*mutex_);
@@ -127,12 +141,21 @@ std::vector<pollfd> Messenger::polls(Links& links) const {
     if (outbound.handshake != nullptr) {
       const bool writing = outbound.handshake->wants_to_write();
       waiting.push_back({outbound.handshake->fd(), static_cast<short>(writing ? POLLOUT : POLLIN), 0});
-    } else if (outbound.socket && !outbound.queue.empty()) {
-      waiting.push_back({outbound.socket.fd(), POLLOUT, 0});
+    } else if (outbound.socket) {
+      const auto events = static_cast<short>(outbound.queue.empty() ? POLLIN : POLLIN | POLLOUT);
+      waiting.push_back({outbound.socket.fd(), events, 0});
     }
   }
-  for (const Source& source : sources_) waiting.push_back({source.socket.fd(), POLLIN, 0});
+  for (const Source& source : sources_) {
+    const auto events = static_cast<short>(source.replies.empty() ? POLLIN : POLLIN | POLLOUT);
+    waiting.push_back({source.socket.fd(), events, 0});
+  }
   return waiting;
+}
+
+bool Messenger::fetching() const {
+  const std::lock_guard lock(*mutex_);
+  return std::any_of(sources_.begin(), sources_.end(), [](const Source& s) { return !s.fetching.empty(); });
 }
 
 void Messenger::serve(Links& links) {
@@ -140,15 +163,20 @@ void Messenger::serve(Links& links) {
   for (Acceptor& acceptor : acceptors_) {
     for (Acceptor::Peer& peer : acceptor.progress()) {
       if (peer.purpose == Purpose::kPointToPoint)
-        sources_.push_back({peer.rank, Socket(std::move(peer.fd)), {}, {}});
+        sources_.push_back({peer.rank, ++num_connections_, Socket(std::move(peer.fd)), {}, {}, {}, {}, {}});
     }
   }
   for (auto& [destination, outbound] : outbound_) {
-    if (!outbound.queue.empty() && call(links, destination, outbound)) push(links, destination, outbound);
+    if (outbound.socket) read_replies(links, destination, outbound);
+    if (outbound.waiting() && call(links, destination, outbound)) push(links, destination, outbound);
   }
   for (size_t i = sources_.size(); i-- > 0;) {
-    if (!pull(links, sources_[i])) sources_.erase(sources_.begin() + static_cast<ptrdiff_t>(i));
+    Source& source = sources_[i];
+    if (!pull(links, source) || !fetch(links, source) || !flush_replies(source)) {
+      sources_.erase(sources_.begin() + static_cast<ptrdiff_t>(i));
+    }
   }
+  answer_claims();
   end_hopeless(links);
 }
 
@@ -186,12 +214,19 @@ void Messenger::end_everything(std::exception_ptr error) {
     const std::lock_guard lock(*mutex_);
     if (!broken_) broken_ = error;
     for (auto& [destination, outbound] : outbound_) {
-      for (auto& state : outbound.queue) ended_.push_back({state, -1, error});
+      for (auto& job : outbound.queue) {
+        if (job.state != nullptr) ended_.push_back({job.state, -1, error});
+      }
+      for (auto& [id, state] : outbound.offered) ended_.push_back({state, -1, error});
       outbound.queue.clear();
+      outbound.offered.clear();
     }
     for (Source& source : sources_) {
       if (source.message != nullptr) mailbox_.break_off(source.message, error);
+      for (auto& [id, message] : source.offers) mailbox_.break_off(message, error);
       source.message = nullptr;
+      source.offers.clear();
+      source.fetching.clear();
     }
     mailbox_.end_all(error);
   }

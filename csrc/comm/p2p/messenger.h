@@ -1,9 +1,11 @@
 // Point-to-point messages: one progress thread, started by the first message in or out.
 //
-// A sender calls the receiver (by unix socket inside a host, by TCP between hosts) and that connection
-// carries its messages in one direction, so the two directions of a pair never wait for each other. The
-// receiver's thread always reads, into the matching receive or into the mailbox, so a send completes even
-// when nobody has asked for it yet. A send is complete when the kernel has taken all of it.
+// A sender calls the receiver (by unix socket inside a host, by TCP between hosts), and messages of that
+// direction go over that connection, so the two directions of a pair never wait for each other. A small
+// message is sent at once and kept by the receiver until somebody asks; the send is complete when the kernel
+// has taken it. A large one is announced, and moves when a receive has been posted for it: inside a host the
+// receiver copies it out of the sender's arena or process, between hosts it follows on the connection. Its
+// send is complete when the receiver has it.
 #pragma once
 
 #include <poll.h>
@@ -19,6 +21,7 @@
 #include "comm/auth/acceptor.h"
 #include "comm/bringup/links.h"
 #include "comm/p2p/mailbox.h"
+#include "comm/p2p/request.h"
 
 namespace mlsys::comm {
 
@@ -41,33 +44,60 @@ class Messenger {
   uint64_t local_bytes_received() const { return local_received_.load(std::memory_order_relaxed); }
 
  private:
+  // A frame to be sent; `state` is the message whose payload follows it, if any.
+  struct Job {
+    MessageHeader header;
+    std::shared_ptr<MessageState> state;
+    bool with_payload() const {
+      return header.kind == MessageHeader::Kind::kEager || header.kind == MessageHeader::Kind::kPayload;
+    }
+  };
   // Messages to one destination.
   struct Outbound {
-    std::deque<std::shared_ptr<MessageState>> queue;
+    std::deque<Job> queue;
+    std::map<uint64_t, std::shared_ptr<MessageState>> offered;  // not yet taken
+    uint64_t num_offers = 0;
     std::unique_ptr<Handshake> handshake;
+    int num_calls = 0;  // that broke off
     Socket socket;
-    size_t moved = 0;  // bytes of the first message, its header included
+    size_t moved = 0;  // bytes of the first job, its header included
+    std::vector<uint8_t> reply;
     std::string failure;
     std::chrono::steady_clock::time_point failed_at;
+    bool waiting() const { return !queue.empty() || !offered.empty(); }
   };
   // Messages from one source.
   struct Source {
     int peer;
+    uint64_t connection;
     Socket socket;
     std::vector<uint8_t> header;
-    std::shared_ptr<Inbound> message;
+    std::shared_ptr<Inbound> message;                     // whose payload comes now
+    std::map<uint64_t, std::shared_ptr<Inbound>> offers;  // not yet taken
+    std::deque<std::pair<std::shared_ptr<Inbound>, MessageHeader>> fetching;
+    std::vector<uint8_t> replies;
   };
 
   std::shared_ptr<Request> enqueue(std::shared_ptr<MessageState> state);
-  void wake();
   void run() noexcept;
   void serve(Links& links);
   std::vector<pollfd> polls(Links& links) const;
-  void accept_sources();
+  bool fetching() const;
+  // outbound.cpp
   bool call(Links& links, int destination, Outbound& outbound);
+  void break_outbound(Outbound& outbound, std::string why);
   void push(Links& links, int destination, Outbound& outbound);
-  // False when the connection has ended.
+  void read_replies(Links& links, int destination, Outbound& outbound);
+  void on_reply(Links& links, int destination, Outbound& outbound, const MessageHeader& reply);
+
+  // inbound.cpp; those that return a bool: false when the connection has ended.
   bool pull(Links& links, Source& source);
+  bool on_header(Source& source, const MessageHeader& header);
+  void answer_claims();
+  void reply(Source& source, MessageHeader::Kind kind, uint64_t id);
+  bool fetch(Links& links, Source& source);
+  bool end_source(Links& links, Source& source, const std::string& why);
+  static bool flush_replies(Source& source);
   void end_hopeless(Links& links);
   void end_everything(std::exception_ptr error);
   void flush_ended();
@@ -76,12 +106,15 @@ class Messenger {
   const Options options_;
   const std::function<Links&()> connect_;
   const UniqueFd wake_;
-  // Guards everything down to broken_. Shared with the requests, which may outlive this object.
+  // Guards everything down to broken_ but the informant. Shared with the requests, which may outlive this
+  // object.
   const std::shared_ptr<std::mutex> mutex_ = std::make_shared<std::mutex>();
+  const std::shared_ptr<Informant> informant_ = std::make_shared<Informant>();
   bool started_ = false;
   bool stopping_ = false;
   std::map<int, Outbound> outbound_;
   std::vector<Source> sources_;
+  uint64_t num_connections_ = 0;
   Mailbox mailbox_;
   std::vector<Ended> ended_;  // sends; the mailbox has its own
   std::exception_ptr broken_;

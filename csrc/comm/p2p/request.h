@@ -4,14 +4,22 @@
 #include <memory>
 #include <mutex>
 
+#include "comm/fault/faults.h"
 #include "comm/p2p/message.h"
 
 namespace mlsys::comm {
 
+// Where a request that times out asks what the others are doing; null before the group connects and after it
+// ended. Shared, because a request may outlive its messenger.
+struct Informant {
+  std::mutex mutex;
+  const Faults* faults = nullptr;
+};
+
 class MessageRequest final : public Request {
  public:
   MessageRequest(std::shared_ptr<std::mutex> messenger_mutex, std::shared_ptr<MessageState> state,
-                 std::chrono::milliseconds timeout);
+                 std::shared_ptr<Informant> informant, std::chrono::milliseconds timeout);
   ~MessageRequest() override;
 
   bool completed() const override { return state_->completed(); }
@@ -22,6 +30,7 @@ class MessageRequest final : public Request {
  private:
   std::shared_ptr<std::mutex> messenger_mutex_;
   std::shared_ptr<MessageState> state_;
+  std::shared_ptr<Informant> informant_;
   std::chrono::milliseconds timeout_;
 };
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from mlsys_engine import comm
+from mlsys_engine.comm.faults import poison
 from mlsys_engine.comm.launch.environment import SharedLaunchError
 from mlsys_engine.comm.launch.mpi import leave_through_abort
 from mlsys_engine.errors import NativeBuildError, PeerFailedError, UserError
@@ -75,7 +75,7 @@ class FailureHook:
             self._say(f"{self._name} failed, too: {_one_line(f'{kind.__name__}: {error}')}\n")
         if self.store is not None:
             with contextlib.suppress(Exception):  # the process ends in any case, and the others see it leave
-                comm.poison(_one_line(f"{kind.__name__}: {error}"))
+                poison(_one_line(f"{kind.__name__}: {error}"))
         self._wait_for_the_others()
         if not every_rank_fails:
             leave_through_abort(status)

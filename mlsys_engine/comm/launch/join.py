@@ -30,6 +30,7 @@ class _Joined:
 
     world: World | None = None
     num_joins: int = 0
+    timeout: timedelta = timedelta(seconds=1800)  # of collectives, as given to `init`
 
 
 _joined = _Joined()
@@ -57,13 +58,34 @@ def init(*, timeout_s: float = 1800.0) -> World:
         _install_hook(placement, None)
     _tell_of_unused_tasks(placement)
     _joined.world = None
-    _joined.world = _join(placement, timedelta(seconds=timeout_s))
+    _joined.timeout = timedelta(seconds=timeout_s)
+    _joined.world = _join(placement, _joined.timeout)
     return _joined.world
 
 
 def current_world() -> World | None:
     """The World that `init` returned, or None when it was not called or its group was destroyed since."""
     return _joined.world if dist.is_initialized() else None
+
+
+def rejoin(world: World, store: dist.Store) -> World:
+    """Makes `world` this process's job, with a new default group that meets through `store`; returns it.
+
+    Called by `reconfigure` when the old group has been destroyed.
+    """
+    dist.init_process_group(
+        BACKEND,
+        store=dist.PrefixStore("group", store),
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=_joined.timeout,
+    )
+    _install_hook(
+        Placement(launcher=world.launcher, rank=world.rank, world_size=world.world_size),
+        store if world.world_size > 1 else None,
+    )
+    _joined.world = world
+    return world
 
 
 def _join(placement: Placement, timeout: timedelta) -> World:

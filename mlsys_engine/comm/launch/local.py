@@ -58,7 +58,13 @@ class _Rank:
             os.killpg(self.process.pid, number)
 
 
-def launch_local(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | None = None) -> int:
+def launch_local(
+    argv: Sequence[str],
+    num_ranks: int,
+    env: Mapping[str, str] | None = None,
+    *,
+    tolerate_failures: bool = False,
+) -> int:
     """Runs `python *argv` as `num_ranks` local ranks and returns the job's exit status when all have ended.
 
     `argv` is what follows the interpreter (["-m", "mlsys_engine.cli.main", "train"]); `env` adds variables.
@@ -66,7 +72,11 @@ def launch_local(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | N
     stderr is shown, and its status returned (128 + n for signal n). SIGINT, SIGTERM, SIGHUP and SIGUSR1 are
     passed on to the ranks, which may take their time to save; leaving with 128 + n is then no failure, and
     the job's status. A second signal kills them. Ranks die with this process.
+
+    With `tolerate_failures`, or MLSYS_ELASTIC=1 in the environment, a rank that fails takes nobody with it:
+    the others may go on after `mls.comm.reconfigure()`. The status is then 0 as soon as one rank ends well.
     """
+    tolerate_failures = tolerate_failures or os.environ.get("MLSYS_ELASTIC") == "1"
     if num_ranks < 1:
         raise LaunchError(f"{num_ranks} ranks.", "A job has at least 1.", "Type: --ranks 1, or more.")
     command = [*argv] if argv and argv[0] == sys.executable else [sys.executable, *argv]
@@ -81,7 +91,7 @@ def launch_local(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | N
             for rank in range(num_ranks):
                 ranks.append(_start(command, rank, num_ranks, shared, listener))
             listener.close()  # rank 0 has it now: if it dies, the others see a closed port
-            return _stay_with(ranks, signals)
+            return _stay_with(ranks, signals, tolerate_failures=tolerate_failures)
         finally:
             for member in ranks:
                 if member.process.poll() is None:
@@ -130,8 +140,11 @@ def _die_with_parent() -> Callable[[], None] | None:
     return arm
 
 
-def _stay_with(ranks: list[_Rank], signals: Sequence[int]) -> int:
-    """Waits for all ranks, ends them when one fails, gives the job's status; `signals` were passed on."""
+def _stay_with(ranks: list[_Rank], signals: Sequence[int], *, tolerate_failures: bool) -> int:
+    """Waits for all ranks, ends them when one fails, gives the job's status; `signals` were passed on.
+
+    With `tolerate_failures` the others go on, and one that ends well makes the job end well.
+    """
     ended: list[_Rank] = []
     leave_by: float | None = None
     with selectors.DefaultSelector() as selector:
@@ -145,15 +158,23 @@ def _stay_with(ranks: list[_Rank], signals: Sequence[int]) -> int:
             for member in ranks:
                 if member not in ended and member.process.poll() is not None:
                     ended.append(member)
-                    if member.process.returncode not in _statuses_as_asked(signals):
+                    if tolerate_failures and member.process.returncode != 0:
+                        _tell_of(member, len(ranks), "the others may go on.")
+                    elif member.process.returncode not in _statuses_as_asked(signals):
                         leave_by = min(now + _grace_s(member.process.returncode), leave_by or math.inf)
             if leave_by is not None and now > leave_by:
-                number = signal.SIGTERM if now < leave_by + _KILL_S - _LEAVE_S else signal.SIGKILL
-                for member in ranks:
-                    if member not in ended:
-                        member.signal(number)
+                _end([member for member in ranks if member not in ended], now - leave_by)
         _drain(selector, 0.0)
+    if tolerate_failures and any(member.process.returncode == 0 for member in ended):
+        return 0
     return _verdict(ended, signals)
+
+
+def _end(ranks: Sequence[_Rank], overdue_s: float) -> None:
+    """Asks ranks that should have left to go, and soon no longer asks."""
+    number = signal.SIGTERM if overdue_s < _KILL_S - _LEAVE_S else signal.SIGKILL
+    for member in ranks:
+        member.signal(number)
 
 
 def _grace_s(status: int) -> float:
@@ -194,10 +215,16 @@ def _verdict(ended: list[_Rank], signals: Sequence[int]) -> int:
     for line in bytes(culprit.stderr).decode(errors="replace").splitlines():
         sys.stderr.write(f"[rank {culprit.rank}] {line}\n")
     if len(ended) > 1 and status != 2:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
-        sys.stderr.write(f"mlsys: rank {culprit.rank} of {len(ended)} {how}; all ranks have ended.\n")
+        _tell_of(culprit, len(ended), "all ranks have ended.")
     sys.stderr.flush()
     return status
+
+
+def _tell_of(culprit: _Rank, num_ranks: int, consequence: str) -> None:
+    code = culprit.process.returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
+    sys.stderr.write(f"mlsys: rank {culprit.rank} of {num_ranks} {how}; {consequence}\n")
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager

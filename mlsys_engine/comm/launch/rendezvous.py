@@ -184,7 +184,7 @@ def _meet_through_mpi(placement: Placement, timeout: timedelta) -> dist.Store:
     host, addresses, port = world.bcast(None, root=0)
     if host == socket.gethostname():
         addresses = ["localhost", *addresses]
-    return _connect(_first_reachable(addresses, port), port, placement, timeout)
+    return _connect(first_reachable(addresses, port), port, placement, timeout)
 
 
 def addresses_of_this_host() -> list[str]:
@@ -194,7 +194,7 @@ def addresses_of_this_host() -> list[str]:
     return [socket.getfqdn(), socket.gethostname(), *(a for a in numeric if not a.startswith("127."))]
 
 
-def _first_reachable(addresses: list[str], port: int) -> str:
+def first_reachable(addresses: list[str], port: int) -> str:
     """The first address that accepts a connection; the very first when none does, so that errors name it."""
     for address in addresses:
         with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=2.0):
