@@ -14,6 +14,7 @@ LAYOUTS = {
     "two and two": "0,0,1,1",
     "interleaved": "0,1,0,1",
     "three and one": "0,0,0,1",
+    "three, two and one": "0,0,0,1,1,2",
 }
 
 
@@ -49,13 +50,46 @@ def _collectives(rank, world_size):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_collectives_are_right_on_any_layout_of_hosts(run_ranks, layout):
-    counted = run_ranks(_collectives, 4, env={"MLSYS_LOCALITY": LAYOUTS[layout]})
     hosts = LAYOUTS[layout].split(",")
+    counted = run_ranks(_collectives, len(hosts), env={"MLSYS_LOCALITY": LAYOUTS[layout]})
     for rank, counters in enumerate(counted):
         alone = hosts.count(hosts[rank]) == 1
         assert (counters.shm_bytes == 0) == alone
-        assert counters.tcp_bytes_sent > 0 or not alone  # a host's ranks may share the work of sending
-    assert sum(counters.tcp_bytes_sent for counters in counted) > 0
+        assert counters.tcp_bytes_sent > 0
+        assert counters.tcp_bytes_received > 0
+
+
+def _bits_of_sums(rank, world_size):
+    sums = []
+    for numel in (5, 4099, 300_007):
+        for dtype in (torch.float32, torch.bfloat16):
+            mine = tensor_of(rank, numel, dtype)
+            private, arena = mine.clone(), comm.empty(numel, dtype).copy_(mine)
+            dist.all_reduce(private)
+            dist.all_reduce(arena)
+            assert torch.equal(private.view(torch.uint8), arena.view(torch.uint8))
+            part = torch.empty(numel, dtype=dtype)
+            dist.reduce_scatter_tensor(part, mine.repeat(world_size))
+            sums += [private, part]
+    return sums
+
+
+@pytest.mark.parametrize("layout", ["0,1,2", "0,0,1,2"])
+def test_the_bits_of_a_sum_depend_neither_on_sockets_nor_on_where_a_tensor_lies(run_ranks, layout):
+    outcomes = [
+        run_ranks(
+            _bits_of_sums,
+            len(layout.split(",")),
+            env={"MLSYS_LOCALITY": layout, "MLSYS_SOCKETS_PER_PEER": str(sockets)},
+        )
+        for sockets in (1, 3)
+    ]
+    reference = outcomes[0][0]
+    for of_ranks in outcomes:
+        for sums in of_ranks:
+            assert all(torch.equal(a, b) for a, b in zip(sums[::2], reference[::2], strict=True))
+    for one, other in zip(*outcomes, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _subgroup_of_the_second_host(rank, world_size):
