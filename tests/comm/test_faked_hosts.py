@@ -70,7 +70,7 @@ def _bits_of_sums(rank, world_size):
             assert torch.equal(private.view(torch.uint8), arena.view(torch.uint8))
             part = torch.empty(numel, dtype=dtype)
             dist.reduce_scatter_tensor(part, mine.repeat(world_size))
-            sums += [private, part]
+            sums += [tensor.view(torch.uint8).numpy().tobytes() for tensor in (private, part)]
     return sums
 
 
@@ -84,12 +84,9 @@ def test_the_bits_of_a_sum_depend_neither_on_sockets_nor_on_where_a_tensor_lies(
         )
         for sockets in (1, 3)
     ]
-    reference = outcomes[0][0]
-    for of_ranks in outcomes:
-        for sums in of_ranks:
-            assert all(torch.equal(a, b) for a, b in zip(sums[::2], reference[::2], strict=True))
-    for one, other in zip(*outcomes, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert outcomes[0] == outcomes[1]
+    for sums in outcomes[0]:  # an all-reduce is the same on all ranks
+        assert sums[::2] == outcomes[0][0][::2]
 
 
 def _subgroup_of_the_second_host(rank, world_size):

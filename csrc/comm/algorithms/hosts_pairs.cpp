@@ -21,38 +21,39 @@ std::vector<T> local_part(const Topology& topology, std::span<const T> table, T 
 
 }  // namespace
 
+// In all of these, what goes to other hosts is posted first and moves while the host shares its part.
 void hosts_gather(Context& context, const void* input, std::span<void* const> outputs, size_t bytes,
                   int root) {
   const Topology& topology = context.topology;
-  // On the root's host; elsewhere nobody has an output, and the share is of nothing.
-  if (topology.is_local(root)) {
-    local_share(context, input, local_part<void*>(topology, outputs, nullptr), bytes, -1);
-  }
-  std::vector<Incoming> receives;
-  std::vector<Outgoing> sends;
+  Mesh& mesh = *context.mesh;
   if (topology.rank == root) {
     for (int rank = 0; rank < topology.size; ++rank) {
-      if (!topology.is_local(rank)) receives.push_back({rank, outputs[static_cast<size_t>(rank)], bytes});
+      if (!topology.is_local(rank)) mesh.post(Incoming{rank, outputs[static_cast<size_t>(rank)], bytes});
     }
   } else if (!topology.is_local(root)) {
-    sends.push_back({root, input, bytes});
+    mesh.post(Outgoing{root, input, bytes});
   }
-  context.mesh->transfer(sends, receives);
+  // On the root's host; elsewhere nobody has an output, and the share is of nothing.
+  if (topology.is_local(root)) {
+    mesh.progress();
+    local_share(context, input, local_part<void*>(topology, outputs, nullptr), bytes, -1);
+  }
+  mesh.finish();
 }
 
 void hosts_scatter(Context& context, std::span<const void* const> inputs, void* output, size_t bytes,
                    int root) {
   const Topology& topology = context.topology;
-  std::vector<Incoming> receives;
-  std::vector<Outgoing> sends;
+  Mesh& mesh = *context.mesh;
   if (topology.rank == root) {
     for (int rank = 0; rank < topology.size; ++rank) {
-      if (!topology.is_local(rank)) sends.push_back({rank, inputs[static_cast<size_t>(rank)], bytes});
+      if (!topology.is_local(rank)) mesh.post(Outgoing{rank, inputs[static_cast<size_t>(rank)], bytes});
     }
   } else if (!topology.is_local(root)) {
-    receives.push_back({root, output, bytes});
+    mesh.post(Incoming{root, output, bytes});
   }
   if (topology.is_local(root)) {
+    mesh.progress();
     const size_t num_local = topology.local_ranks().size();
     const auto root_local = static_cast<size_t>(topology.local_of[root]);
     std::vector<size_t> send_bytes(num_local, topology.rank == root ? bytes : 0);
@@ -63,40 +64,50 @@ void hosts_scatter(Context& context, std::span<const void* const> inputs, void* 
     local_exchange(context, local_part<const void*>(topology, inputs, nullptr), send_bytes, outputs,
                    receive_bytes);
   }
-  context.mesh->transfer(sends, receives);
+  mesh.finish();
 }
 
+// Each stream starts with the size of what follows, so that a disagreement is found before it does harm; the
+// sender does not wait for it to be looked at. Partners come in order of distance, so that nobody is
+// everyone's first.
 void hosts_all_to_all(Context& context, std::span<const void* const> inputs,
                       std::span<const size_t> send_bytes, std::span<void* const> outputs,
                       std::span<const size_t> receive_bytes) {
   const Topology& topology = context.topology;
+  Mesh& mesh = *context.mesh;
+  std::vector<uint64_t> announced(send_bytes.begin(), send_bytes.end()), expected(inputs.size());
+  struct Arriving {
+    int rank;
+    Mesh::Message size;
+  };
+  std::vector<Arriving> arriving;
+  for (int distance = 1; distance < topology.size; ++distance) {
+    const int to = (topology.rank + distance) % topology.size;
+    const int from = (topology.rank + topology.size - distance) % topology.size;
+    const auto target = static_cast<size_t>(to), source = static_cast<size_t>(from);
+    if (!topology.is_local(to)) {
+      mesh.post(Outgoing{to, &announced[target], sizeof(uint64_t)});
+      mesh.post(Outgoing{to, inputs[target], send_bytes[target]});
+    }
+    if (topology.is_local(from)) continue;
+    arriving.push_back({from, mesh.post(Incoming{from, &expected[source], sizeof(uint64_t)})});
+  }
+  mesh.progress();
   local_exchange(context, local_part<const void*>(topology, inputs, nullptr),
                  local_part<size_t>(topology, send_bytes, 0), local_part<void*>(topology, outputs, nullptr),
                  local_part<size_t>(topology, receive_bytes, 0));
-  // Each stream starts with the size of what follows, so that a disagreement is found before it does harm.
-  std::vector<uint64_t> announced(inputs.size()), expected(inputs.size());
-  std::vector<Outgoing> size_sends, sends;
-  std::vector<Incoming> size_receives, receives;
-  for (int rank = 0; rank < topology.size; ++rank) {
-    if (topology.is_local(rank)) continue;
-    const auto slot = static_cast<size_t>(rank);
-    announced[slot] = send_bytes[slot];
-    size_sends.push_back({rank, &announced[slot], sizeof(uint64_t)});
-    size_receives.push_back({rank, &expected[slot], sizeof(uint64_t)});
-    sends.push_back({rank, inputs[slot], send_bytes[slot]});
-    receives.push_back({rank, outputs[slot], receive_bytes[slot]});
-  }
-  context.mesh->transfer(size_sends, size_receives);
-  for (const Incoming& receive : receives) {
-    const auto slot = static_cast<size_t>(receive.peer);
+  for (const Arriving& arrival : arriving) {
+    const auto slot = static_cast<size_t>(arrival.rank);
+    while (!mesh.done(arrival.size)) mesh.step();
     if (expected[slot] != receive_bytes[slot]) {
       context.faults.fail_mismatch(
-          describe_size_mismatch(topology.global(receive.peer), expected[slot],
+          describe_size_mismatch(topology.global(arrival.rank), expected[slot],
                                  topology.global(topology.rank), receive_bytes[slot]),
           context.team.mine());
     }
+    mesh.post(Incoming{arrival.rank, outputs[slot], receive_bytes[slot]});
   }
-  context.mesh->transfer(sends, receives);
+  mesh.finish();
 }
 
 namespace {

@@ -8,6 +8,7 @@ allocation, by a `torchrun` or `mpirun` that srun started for instance.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -180,15 +181,28 @@ def _read_slurm(env: Mapping[str, str]) -> Placement | None:
     placement = _read(step, "slurm")
     if placement is None:
         return None
-    counts = expand_task_counts(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = _optional_number(env, "SLURM_NODEID", least=0) or 0
-    hosts = expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
+    lists = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    hosts = expand_hosts(next((env[key] for key in lists if env.get(key)), ""))
+    counts = _slurm_task_counts(env, placement.world_size, len(hosts))
     return replace(
         placement,
         local_size=counts[node] if node < len(counts) else None,
         address=hosts[0] if hosts else None,
         port=_slurm_port(env),
     )
+
+
+def _slurm_task_counts(env: Mapping[str, str], world_size: int, num_hosts: int) -> list[int]:
+    """Tasks of the step on each of its nodes; empty when no variable says so.
+
+    What is said of the whole job counts only if it makes up this step's tasks.
+    """
+    if text := env.get("SLURM_STEP_TASKS_PER_NODE"):
+        return expand_task_counts(text)
+    every_node = _optional_number(env, "SLURM_NTASKS_PER_NODE", least=1)
+    candidates = [expand_task_counts(env.get("SLURM_TASKS_PER_NODE", "")), [every_node or 0] * num_hosts]
+    return next((counts for counts in candidates if sum(counts) == world_size), [])
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
@@ -206,14 +220,24 @@ def expand_task_counts(text: str) -> list[int]:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Host names from Slurm's short form: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7, login."""
+    """Host names from Slurm's short form: "gpu[01-03],r[1-2]n5" is gpu01, gpu02, gpu03, r1n5, r2n5."""
     hosts: list[str] = []
-    for prefix, ranges, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]*)\]([^,\[]*))?", text):
-        for part in ranges.split(",") if ranges else [""]:
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last) + 1) if last else [first]
-            hosts += [f"{prefix}{str(number).zfill(len(first))}{suffix}" for number in numbers]
+    for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        pieces = [
+            [piece] if index % 2 == 0 else _expand_ranges(piece)
+            for index, piece in enumerate(re.split(r"\[([^\]]*)\]", name))
+        ]
+        hosts += ["".join(choice) for choice in itertools.product(*pieces)]
     return hosts
+
+
+def _expand_ranges(text: str) -> list[str]:
+    """ "01-03,7" is 01, 02, 03, 7."""
+    numbers: list[str] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def _with_master(env: Mapping[str, str], placement: Placement, launcher: str) -> Placement:

@@ -99,6 +99,30 @@ def test_srun_with_pmi_variables_of_the_same_rank_is_slurm() -> None:
     assert detect(SLURM | {"PMI_RANK": "4", "PMI_SIZE": "5"}).launcher == "slurm"
 
 
+def test_an_old_slurm_that_names_the_step_by_the_job_alone_is_read() -> None:
+    step_only = {key: value for key, value in SLURM.items() if not key.startswith("SLURM_STEP_")}
+    old = step_only | {"SLURM_STEP_ID": "0", "SLURM_NODELIST": "r[1-2]n[01-02]", "SLURM_NODEID": "3"}
+    place = detect(old | {"SLURM_NTASKS": "8", "SLURM_PROCID": "7", "SLURM_NTASKS_PER_NODE": "2"})
+    assert (place.rank, place.world_size, place.local_size, place.address) == (7, 8, 2, "r1n01")
+    place = detect(old | {"SLURM_NTASKS": "7", "SLURM_TASKS_PER_NODE": "2(x3),1"})
+    assert place.local_size == 1
+
+
+def test_tasks_of_the_job_say_nothing_about_a_smaller_step() -> None:
+    step = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_TASKS_PER_NODE"}
+    assert detect(step | {"SLURM_NTASKS_PER_NODE": "4"}).local_size is None
+    assert detect(step | {"SLURM_TASKS_PER_NODE": "4(x3)"}).local_size is None
+
+
+def test_intel_mpi_inside_a_slurm_allocation_goes_by_its_own_ranks() -> None:
+    # Its proxies are a step of one task a node, whose variables the ranks inherit.
+    proxy = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    intel = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+    assert detect(proxy | intel | {"I_MPI_MPIRUN": "mpirun"}) == Placement(
+        launcher="mpich", rank=5, world_size=8, local_rank=1, local_size=4
+    )
+
+
 def test_own_launcher_variables_are_read() -> None:
     assert detect(LOCAL).launcher == "local"
 
