@@ -46,7 +46,7 @@ class Reference:
     """AdamW of some elements in float64, always with the same gradient (Loshchilov & Hutter 2019)."""
 
     def __init__(self, gradient: torch.Tensor, scale: float) -> None:
-        self.index = torch.linspace(0, len(gradient) - 1, SAMPLE).long()
+        self.index = torch.arange(SAMPLE) * (len(gradient) - 1) // (SAMPLE - 1)
         self.gradient = gradient[self.index].double() * scale
         self.value, self.steps = torch.ones(SAMPLE, dtype=torch.float64), 0
         self.first = torch.zeros(SAMPLE, dtype=torch.float64)
