@@ -11,13 +11,14 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
 from mlsys_engine import __version__, telemetry
-from mlsys_engine.cli import selftest
+from mlsys_engine.cli import doctor_hang, selftest
 from mlsys_engine.cli.output import Output
 from mlsys_engine.errors import NativeBuildError
 from mlsys_engine.native import build_info, load_activation, load_comm, load_kernels
@@ -38,6 +39,8 @@ class DoctorOptions:
 
     self_test: bool = True
     """Start two ranks that all-reduce and take an optimizer step."""
+    hang: Path | None = None
+    """Explain the dumps that the ranks of a hung job left in this folder, and examine nothing else."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -46,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     """Prints the findings. Status 1 when something that the engine needs is missing or does not work."""
     options = tyro.cli(DoctorOptions, args=list(arguments), prog="mlsys doctor")
     out = Output(as_json=options.json)
+    if options.hang is not None:
+        return doctor_hang.explain(options.hang, out)
     findings = examine()
     built = bool(findings["native"]["built"])
     findings["self_test"] = selftest.run_on_two_ranks() if options.self_test and built else None

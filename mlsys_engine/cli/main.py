@@ -41,8 +41,8 @@ COMMANDS = {
         function="mlsys_engine.cli.runs:run",
     ),
     "doctor": Command(
-        usage="doctor",
-        purpose="what was built and found on this machine, and a short self-test",
+        usage="doctor [--hang DIR]",
+        purpose="what was built and found here, and a short self-test; or why a job hung",
         function="mlsys_engine.cli.doctor:run",
     ),
 }

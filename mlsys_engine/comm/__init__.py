@@ -25,6 +25,7 @@ from mlsys_engine.comm.functional import (
     send,
 )
 from mlsys_engine.comm.launch.regroup import reconfigure
+from mlsys_engine.comm.recorder import dump
 from mlsys_engine.comm.sharded import (
     RuleTable,
     reduce_scatter_optimize_all_gather,
@@ -50,6 +51,7 @@ __all__ = [
     "broadcast",
     "counters",
     "describe_transports",
+    "dump",
     "empty",
     "gather",
     "in_arena",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from mlsys_engine.comm.accelerator import nccl_maker
 from mlsys_engine.comm.cuda_ipc import ipc_preparer
-from mlsys_engine.comm.environment import job_key, locality, sockets_per_peer
+from mlsys_engine.comm.environment import job_key, locality, recorder_settings, sockets_per_peer
 from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
 from mlsys_engine.native import load_comm
 
@@ -35,6 +36,7 @@ def create_group(options: Any, backend_options: Any) -> Any:
         presence = f"mlsys/{options.group_id}/presence/{options.group_rank}"
         options.store.set(presence, load_comm().presence())
     make_nccl = nccl_maker(options, backend_options, ranks)
+    load_comm().configure_recorder(**dataclasses.asdict(recorder_settings()))
     group = load_comm().create(
         store=options.store,
         rank=options.group_rank,
@@ -44,9 +46,9 @@ def create_group(options: Any, backend_options: Any) -> Any:
         global_ranks=list(ranks),
         locality=locality(ranks),
         job_key=job_key() or _agreed_key(options.store, options.group_rank),
+        sockets_per_peer=sockets_per_peer(),
         make_accelerator=make_nccl,
         make_small=None if make_nccl is None else ipc_preparer(options),
-        sockets_per_peer=sockets_per_peer(),
     )
     # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
     atexit.register(group.farewell().say)

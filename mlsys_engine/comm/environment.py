@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from mlsys_engine.errors import LaunchError
 
@@ -11,6 +13,21 @@ JOB_KEY = "MLSYS_JOB_KEY"
 LOCALITY = "MLSYS_LOCALITY"
 SOCKETS_PER_PEER = "MLSYS_SOCKETS_PER_PEER"
 DEFAULT_SOCKETS_PER_PEER, MOST_SOCKETS_PER_PEER = 2, 16
+RECORDER_ENTRIES = "MLSYS_RECORDER_ENTRIES"
+RECORDER_DETAIL = "MLSYS_RECORDER_DETAIL"
+HANG_DIR = "MLSYS_HANG_DIR"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecorderSettings:
+    """What the recorder of the last operations keeps, and where it is dumped when something fails."""
+
+    num_entries: int = 2000
+    """Operations that the ring holds; 0 turns it off."""
+    detail: bool = False
+    """Whether each operation's Python frames are recorded too."""
+    hang_dir: str = ""
+    """Folder for the dumps; empty for none."""
 
 
 def job_key() -> str:
@@ -60,3 +77,32 @@ def sockets_per_peer() -> int:
             f"For example {SOCKETS_PER_PEER}=4; unset it for {DEFAULT_SOCKETS_PER_PEER}.",
         )
     return int(text)
+
+
+def recorder_settings() -> RecorderSettings:
+    """The recorder's variables; the folder for dumps exists afterwards."""
+    entries = os.environ.get(RECORDER_ENTRIES, "2000")
+    if not entries.isdecimal() or int(entries) > 1_000_000:
+        raise LaunchError(
+            f"{RECORDER_ENTRIES}={entries!r} is set.",
+            "It is the number of operations to remember, from 0 (off) to 1000000.",
+            f"Unset {RECORDER_ENTRIES} for 2000.",
+        )
+    detail = os.environ.get(RECORDER_DETAIL, "0")
+    if detail not in ("0", "1"):
+        raise LaunchError(
+            f"{RECORDER_DETAIL}={detail!r} is set.",
+            "It is 0 or 1.",
+            f"Set {RECORDER_DETAIL}=1 for call sites.",
+        )
+    folder = os.environ.get(HANG_DIR, "")
+    if folder:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LaunchError(
+                f"{HANG_DIR}={folder!r} is set and cannot be made: {error.strerror}.",
+                "Each rank writes its last operations there when something fails.",
+                "Name a folder that this user may write.",
+            ) from None
+    return RecorderSettings(num_entries=int(entries), detail=detail == "1", hang_dir=folder)

@@ -85,7 +85,7 @@ bool all_reduce_now(ProcessGroupMlsys& group, py::handle object, const c10d::Red
   const at::Tensor* tensor = plain(object);
   if (tensor == nullptr || is_watched()) return false;
   const auto reduction = reduction_for(*tensor, op, group.where(kCall.name));
-  group.run_now(kCall, *tensor, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *tensor, *tensor, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.all_reduce(tensor->mutable_data_ptr(), tensor->numel(), reduction, timeout);
   });
   return true;
@@ -97,7 +97,7 @@ bool reduce_now(ProcessGroupMlsys& group, py::handle object, int destination, co
   const auto root = group_rank_of(group, destination);
   if (tensor == nullptr || !root || is_watched()) return false;
   const auto reduction = reduction_for(*tensor, op, group.where(kCall.name));
-  group.run_now(kCall, *tensor, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *tensor, *tensor, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.reduce(tensor->mutable_data_ptr(), tensor->numel(), reduction, *root, timeout);
   });
   return true;
@@ -109,7 +109,7 @@ bool all_gather_now(ProcessGroupMlsys& group, py::handle whole, py::handle part)
   if (output == nullptr || input == nullptr || !alike(*input, *output, group.getSize()) || is_watched()) {
     return false;
   }
-  group.run_now(kCall, *input, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *input, *output, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.all_gather(input->const_data_ptr(), parts_of(output->mutable_data_ptr(), input->nbytes(), c.size()),
                  input->nbytes(), timeout);
   });
@@ -124,7 +124,7 @@ bool reduce_scatter_now(ProcessGroupMlsys& group, py::handle part, py::handle wh
     return false;
   }
   const auto reduction = reduction_for(*output, op, group.where(kCall.name));
-  group.run_now(kCall, *input, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *input, *output, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.reduce_scatter(parts_of(input->const_data_ptr(), output->nbytes(), c.size()),
                      output->mutable_data_ptr(), output->numel(), reduction, timeout);
   });
@@ -136,7 +136,7 @@ bool broadcast_now(ProcessGroupMlsys& group, py::handle object, int source) {
   const at::Tensor* tensor = plain(object);
   const auto root = group_rank_of(group, source);
   if (tensor == nullptr || !root || is_watched()) return false;
-  group.run_now(kCall, *tensor, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *tensor, *tensor, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.broadcast(tensor->mutable_data_ptr(), tensor->nbytes(), *root, timeout);
   });
   return true;
@@ -149,7 +149,7 @@ bool gather_now(ProcessGroupMlsys& group, py::handle object, const py::sequence&
   const auto root = group_rank_of(group, destination);
   if (input == nullptr || !outputs || !root || is_watched()) return false;
   if (!all_alike(*input, *outputs, *root == group.getRank() ? group.getSize() : 0)) return false;
-  group.run_now(kCall, *input, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *input, *outputs, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.gather(input->const_data_ptr(), output_pointers(*outputs), input->nbytes(), *root, timeout);
   });
   return true;
@@ -162,7 +162,7 @@ bool scatter_now(ProcessGroupMlsys& group, py::handle object, const py::sequence
   const auto root = group_rank_of(group, source);
   if (output == nullptr || !inputs || !root || is_watched()) return false;
   if (!all_alike(*output, *inputs, *root == group.getRank() ? group.getSize() : 0)) return false;
-  group.run_now(kCall, *inputs, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *inputs, *output, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.scatter(input_pointers(*inputs), output->mutable_data_ptr(), output->nbytes(), *root, timeout);
   });
   return true;
@@ -183,7 +183,7 @@ bool all_to_all_now(ProcessGroupMlsys& group, const py::sequence& to, const py::
     for (const auto& tensor : tensors) bytes.push_back(tensor.nbytes());
     return bytes;
   };
-  group.run_now(kCall, *inputs, kOfGroup, [&](Communicator& c, milliseconds timeout) {
+  group.run_now(kCall, *inputs, *outputs, kOfGroup, [&](Communicator& c, milliseconds timeout) {
     c.all_to_all(input_pointers(*inputs), bytes_of(*inputs), output_pointers(*outputs), bytes_of(*outputs),
                  timeout);
   });
@@ -194,7 +194,7 @@ bool barrier_now(ProcessGroupMlsys& group, double timeout_s) {
   constexpr Call kCall{OpType::BARRIER, "barrier", "mlsys:barrier"};
   if (is_watched()) return false;
   const milliseconds timeout(static_cast<int64_t>(std::ceil(timeout_s * 1e3)));
-  group.run_now(kCall, {}, timeout, [](Communicator& c, milliseconds limit) { c.barrier(limit); });
+  group.run_now(kCall, {}, {}, timeout, [](Communicator& c, milliseconds limit) { c.barrier(limit); });
   return true;
 }
 
@@ -203,7 +203,7 @@ bool send_now(ProcessGroupMlsys& group, py::handle object, int destination, int 
   const at::Tensor* tensor = plain(object);
   const auto peer = group_rank_of(group, destination);
   if (tensor == nullptr || !peer || *peer == group.getRank() || is_watched()) return false;
-  group.message_now(kCall, *tensor, [&](Communicator& c) {
+  group.message_now(kCall, *tensor, group.getRank(), *peer, [&](Communicator& c) {
     return c.send(tensor->const_data_ptr(), tensor->nbytes(), *peer, tag);
   });
   return true;
@@ -215,7 +215,7 @@ std::optional<int> recv_now(ProcessGroupMlsys& group, py::handle object, std::op
   const at::Tensor* tensor = plain(object);
   const auto peer = source ? group_rank_of(group, *source) : Communicator::kAnySource;
   if (tensor == nullptr || !peer || *peer == group.getRank() || is_watched()) return std::nullopt;
-  const int sender = group.message_now(kCall, *tensor, [&](Communicator& c) {
+  const int sender = group.message_now(kCall, *tensor, *peer, group.getRank(), [&](Communicator& c) {
     return c.recv(tensor->mutable_data_ptr(), tensor->nbytes(), *peer, tag);
   });
   return group.membership()->global_rank_of(sender);
@@ -248,31 +248,44 @@ void define_reducing(ProcessGroupClass& process_group, const char* name) {
 
 }  // namespace
 
-void ProcessGroupMlsys::run_now(const Call& call, at::TensorList inputs, milliseconds timeout,
-                                Blocking body) {
+void ProcessGroupMlsys::run_now(const Call& call, at::TensorList inputs, at::TensorList outputs,
+                                milliseconds timeout, Blocking body) {
   const uint64_t sequence = ++issued_;
   const milliseconds limit = timeout > milliseconds(0) ? timeout : milliseconds(timeout_ms_);
   const Profile profile(call, inputs);
+  const Record record(recorded_, {call.type, call.name, sequence, limit}, inputs, outputs);
   const WithoutGil released;
   try {
-    membership_->executor().run([&] { body(membership_->communicator(), limit); });
+    membership_->executor().run([&] {
+      record.started();
+      body(membership_->communicator(), limit);
+    });
+    record.completed();
   } catch (...) {
-    std::rethrow_exception(
-        for_python(std::current_exception(), Place{call.name, sequence, where(call.name).words()}));
+    const Place place{call.name, sequence, where(call.name).words()};
+    std::rethrow_exception(membership_->told(std::current_exception(), place, record));
   }
 }
 
-int ProcessGroupMlsys::message_now(const Call& call, const at::Tensor& tensor, Posting post) {
+int ProcessGroupMlsys::message_now(const Call& call, const at::Tensor& tensor, int source, int destination,
+                                   Posting post) {
   const uint64_t sequence = ++messages_;
+  const milliseconds limit(timeout_ms_);
   const Profile profile(call, tensor);
+  const at::TensorList it = tensor;
+  const bool sending = call.type == OpType::SEND;
+  const Record record(recorded_, {call.type, call.name, sequence, limit, source, destination},
+                      sending ? it : at::TensorList(), sending ? at::TensorList() : it);
   const WithoutGil released;
   try {
+    record.started();
     const auto request = post(membership_->communicator());
-    request->wait(milliseconds(timeout_ms_));
+    request->wait(limit);
+    record.completed();
     return request->source_rank();
   } catch (...) {
-    std::rethrow_exception(
-        for_python(std::current_exception(), Place{call.name, sequence, where(call.name).words()}));
+    const Place place{call.name, sequence, where(call.name).words()};
+    std::rethrow_exception(membership_->told(std::current_exception(), place, record));
   }
 }
 

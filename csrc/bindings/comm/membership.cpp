@@ -1,5 +1,6 @@
 #include "bindings/comm/membership.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -21,6 +22,47 @@ int Membership::global_rank_of(int group_rank) const {
   const auto& ranks = options_.global_ranks;
   const auto index = static_cast<size_t>(group_rank);
   return group_rank >= 0 && index < ranks.size() ? ranks[index] : group_rank;
+}
+
+std::exception_ptr Membership::told(std::exception_ptr failure, const Place& place, const Record& record) {
+  if (!failure) {
+    record.completed();
+    return nullptr;
+  }
+  failure = with_call_sites(failure, place.sequence, record.call_site());
+  record.failed(failure);
+  return for_python(failure, place);
+}
+
+std::exception_ptr Membership::with_call_sites(std::exception_ptr failure, uint64_t sequence,
+                                               const std::string& own_site) {
+  using std::chrono::milliseconds, std::chrono::steady_clock;
+  if (own_site.empty()) return failure;
+  try {
+    std::rethrow_exception(failure);
+  } catch (const comm::Mismatch& mismatch) {
+    const auto key = [&](int rank) {
+      return "mlsys/" + options_.group_name + "/call_site/" + std::to_string(sequence) + "/" +
+             std::to_string(rank);
+    };
+    const auto deadline = steady_clock::now() + milliseconds(1000);
+    std::string text = std::string(mismatch.what()) + " Called at:";
+    try {
+      store_->set(key(options_.rank), std::vector<uint8_t>(own_site.begin(), own_site.end()));
+      for (int rank = 0; rank < options_.size; ++rank) {
+        const auto left = std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
+        const auto site = store_->get(key(rank), std::max(left, milliseconds(0)));
+        text += " rank " + std::to_string(global_rank_of(rank)) + ", " +
+                std::string(site.begin(), site.end()) + ";";
+      }
+    } catch (const std::exception&) {
+      text += " others did not tell;";  // one that met the mismatch elsewhere, or whose store is gone
+    }
+    text.back() = '.';
+    return std::make_exception_ptr(comm::Mismatch(text));
+  } catch (...) {
+    return failure;
+  }
 }
 
 void Membership::leave(std::chrono::milliseconds grace) {

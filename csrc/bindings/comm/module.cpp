@@ -11,6 +11,7 @@
 #include "bindings/comm/direct.h"
 #include "bindings/comm/failures.h"
 #include "bindings/comm/store_adapter.h"
+#include "comm/recorder/dump.h"
 
 namespace py = pybind11;
 
@@ -63,6 +64,19 @@ py::dict counters(const ProcessGroupMlsys& group) {
 
 }  // namespace
 }  // namespace mlsys::binding
+
+namespace {
+
+void configure_recorder(size_t num_entries, bool detail, std::string hang_dir) {
+  mlsys::comm::Recorder::configure({num_entries, detail, std::move(hang_dir)});
+}
+
+std::string dump(const std::string& directory, int rank) {
+  return mlsys::comm::write_dump(mlsys::comm::Recorder::of_process(), directory, rank,
+                                 "asked by the program");
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_comm, m) {
   using namespace mlsys::binding;
@@ -135,6 +149,9 @@ PYBIND11_MODULE(_comm, m) {
     const auto bytes = comm::presence_of_this_process();
     return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   });
+  m.def("configure_recorder", &configure_recorder, py::arg("num_entries"), py::arg("detail"),
+        py::arg("hang_dir"));
+  m.def("dump", &dump, py::arg("directory"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
   m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),
         py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
         py::arg("sockets_per_peer"), py::arg("accelerator") = "cuda",

@@ -35,6 +35,10 @@ ProcessGroupMlsys::ProcessGroupMlsys(std::shared_ptr<Membership> membership)
     : c10d::Backend(membership->options().rank, membership->options().size),
       membership_(std::move(membership)),
       timeout_ms_(membership_->options().timeout.count()) {
+  const comm::Options& options = membership_->options();
+  recorded_ = std::make_shared<comm::RecordedGroup>(
+      comm::RecordedGroup{options.group_name, options.global_ranks, options.rank});
+  comm::Recorder::of_process().add_group(recorded_);
   init();
 }
 
@@ -64,25 +68,26 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::start(const Call& call, const std:
                                                     std::vector<at::Tensor> outputs, milliseconds timeout,
                                                     bool async, Body body) {
   const uint64_t sequence = ++issued_;
+  const milliseconds limit = timeout > milliseconds(0) ? timeout : milliseconds(timeout_ms_);
+  Record record(recorded_, {call.type, call.name, sequence, limit}, inputs, outputs);
   auto work = c10::make_intrusive<CollectiveWork>(getRank(), call.type, call.profile_title, inputs,
                                                   std::move(outputs),
                                                   Place{call.name, sequence, where(call.name).words()});
-  const milliseconds limit = timeout > milliseconds(0) ? timeout : milliseconds(timeout_ms_);
-  // The task keeps the communicator's owner by a plain reference: the membership outlives its executor's
-  // tasks.
+  // The task keeps the group's membership by a plain reference: the membership outlives its executor's tasks.
   membership_->executor().submit(
-      [work, limit, body = std::move(body),
-       &group = membership_->communicator()](std::exception_ptr refusal) {
+      [work, limit, record = std::move(record), body = std::move(body),
+       &membership = *membership_](std::exception_ptr refusal) {
         std::exception_ptr failure = refusal;
         if (!refusal) {
+          record.started();
           try {
             const SerialNoGrad guard;
-            body(group, limit);
+            body(membership.communicator(), limit);
           } catch (...) {
             failure = std::current_exception();
           }
         }
-        work->complete(failure ? for_python(failure, work->place()) : nullptr);
+        work->complete(membership.told(failure, work->place(), record));
       },
       !async);
   return work;
@@ -96,11 +101,13 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::send(std::vector<at::Tensor>& tens
   const auto& tensor = the_one(tensors, here);
   check_contiguous(tensor, here);
   const size_t bytes = tensor.numel() * tensor.element_size();
-  auto request =
-      membership_->communicator().send(tensor.const_data_ptr(), bytes, checked_root(destination, here), tag);
-  return keep(c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor,
-                                                    Place{kCall.name, ++messages_, here.words()},
-                                                    milliseconds(timeout_ms_), std::move(request)));
+  const int peer = checked_root(destination, here);
+  const Place place{kCall.name, ++messages_, here.words()};
+  const milliseconds timeout(timeout_ms_);
+  Record record(recorded_, {kCall.type, kCall.name, place.sequence, timeout, getRank(), peer}, tensor, {});
+  auto request = membership_->communicator().send(tensor.const_data_ptr(), bytes, peer, tag);
+  return keep(c10::make_intrusive<PointToPointWork>(getRank(), kCall.type, kCall.profile_title, tensor, place,
+                                                    timeout, std::move(request), std::move(record)));
 }
 
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::receive(const Call& call, std::vector<at::Tensor>& tensors,
@@ -109,10 +116,12 @@ ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::receive(const Call& call, std::vec
   const auto& tensor = the_one(tensors, here);
   check_contiguous(tensor, here);
   const size_t bytes = tensor.numel() * tensor.element_size();
+  const Place place{call.name, ++messages_, here.words()};
+  const milliseconds timeout(timeout_ms_);
+  Record record(recorded_, {call.type, call.name, place.sequence, timeout, source, getRank()}, {}, tensor);
   auto request = membership_->communicator().recv(tensor.mutable_data_ptr(), bytes, source, tag);
-  return keep(c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor,
-                                                    Place{call.name, ++messages_, here.words()},
-                                                    milliseconds(timeout_ms_), std::move(request)));
+  return keep(c10::make_intrusive<PointToPointWork>(getRank(), call.type, call.profile_title, tensor, place,
+                                                    timeout, std::move(request), std::move(record)));
 }
 
 ProcessGroupMlsys::WorkPtr ProcessGroupMlsys::recv(std::vector<at::Tensor>& tensors, int source, int tag) {

@@ -19,6 +19,7 @@
 
 #include "bindings/comm/bodies.h"
 #include "bindings/comm/membership.h"
+#include "bindings/comm/record.h"
 #include "bindings/comm/where.h"
 
 namespace mlsys::binding {
@@ -119,9 +120,10 @@ class ProcessGroupMlsys final : public c10d::Backend {
   // Runs a collective in its turn and returns when it is done, without a Work (process_group_direct.cpp).
   // Throws what Work::wait() would. `timeout` of zero or less means the group's. Releases the GIL if the
   // caller has it.
-  void run_now(const Call& call, at::TensorList inputs, std::chrono::milliseconds timeout, Blocking body);
+  void run_now(const Call& call, at::TensorList inputs, at::TensorList outputs,
+               std::chrono::milliseconds timeout, Blocking body);
   // The same for one message: posts it and waits. Returns the sender's group rank, for a receive.
-  int message_now(const Call& call, const at::Tensor& tensor, Posting post);
+  int message_now(const Call& call, const at::Tensor& tensor, int source, int destination, Posting post);
 
  private:
   // The accelerator's backend, made ready, if that is where the tensors of a call are; null for the CPU's.
@@ -153,6 +155,7 @@ class ProcessGroupMlsys final : public c10d::Backend {
   int checked_root(int64_t root, const Where& where) const;
 
   std::shared_ptr<Membership> membership_;
+  std::shared_ptr<const comm::RecordedGroup> recorded_;  // how the recorder names this group
   std::atomic<int64_t> timeout_ms_;
   std::atomic<uint64_t> issued_{0};
   std::atomic<uint64_t> monitored_{0};

@@ -74,7 +74,7 @@ std::exception_ptr PointToPointWork::Shared::failure() const {
 
 PointToPointWork::PointToPointWork(int rank, c10d::OpType type, const char* title, at::Tensor tensor,
                                    Place place, milliseconds group_timeout,
-                                   std::shared_ptr<comm::Request> request)
+                                   std::shared_ptr<comm::Request> request, Record record)
     : c10d::Work(rank, type, title, std::vector<at::Tensor>{tensor}),
       outputs_{std::move(tensor)},
       group_timeout_(group_timeout),
@@ -82,12 +82,15 @@ PointToPointWork::PointToPointWork(int rank, c10d::OpType type, const char* titl
   shared_->request = std::move(request);
   shared_->outputs = outputs_;
   shared_->place = std::move(place);
+  shared_->record = std::move(record);
   shared_->keep_alive = shared_;
   shared_->end_of_profile = std::exchange(recordFunctionEndCallback_, nullptr);
   shared_->request->on_completion([shared = shared_.get()] {
     const auto alive = std::exchange(shared->keep_alive, nullptr);
     if (alive->end_of_profile) alive->end_of_profile();
-    alive->future.complete(alive->outputs, alive->failure());
+    const auto failure = alive->failure();
+    if (!failure) alive->record.completed();
+    alive->future.complete(alive->outputs, failure);
   });
 }
 
@@ -103,6 +106,7 @@ bool PointToPointWork::wait(milliseconds timeout) {
   try {
     shared_->request->wait(timeout > kNoTimeout ? timeout : group_timeout_);
   } catch (...) {
+    shared_->record.failed(std::current_exception());
     std::rethrow_exception(for_python(std::current_exception(), shared_->place));
   }
   return true;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/comm/failures.h"
+#include "bindings/comm/record.h"
 #include "comm/communicator.h"
 
 namespace mlsys::binding {
@@ -51,7 +52,8 @@ class CollectiveWork final : public c10d::Work {
 class PointToPointWork final : public c10d::Work {
  public:
   PointToPointWork(int rank, c10d::OpType type, const char* title, at::Tensor tensor, Place place,
-                   std::chrono::milliseconds group_timeout, std::shared_ptr<comm::Request> request);
+                   std::chrono::milliseconds group_timeout, std::shared_ptr<comm::Request> request,
+                   Record record);
 
   bool isCompleted() override { return shared_->request->completed(); }
   bool isSuccess() const override;
@@ -69,6 +71,7 @@ class PointToPointWork final : public c10d::Work {
     std::shared_ptr<Shared> keep_alive;
     std::vector<at::Tensor> outputs;
     Place place;
+    Record record;
     LazyFuture future;
     std::function<void()> end_of_profile;
     std::exception_ptr failure() const;
