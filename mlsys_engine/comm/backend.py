@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mlsys_engine.comm.accelerator import nccl_maker
@@ -17,6 +18,7 @@ from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
 from mlsys_engine.native import load_comm
 
 NAME = "mlsys"
+_CONNECTING = -1  # the tag of the messages that connect a group; callers' tags are not negative
 
 
 def register() -> None:
@@ -28,7 +30,12 @@ def register() -> None:
 
 
 def create_group(options: Any, backend_options: Any) -> Any:
-    """Called by torch for each new group with its rendezvous store; connects to nobody yet."""
+    """Called by torch for each new group with its rendezvous store.
+
+    The job's own group connects with its first operation, so that it may be created before a fork. A further
+    group connects here, as all its members do at this point: its first operation may be a message, of which
+    the members that neither send nor receive it know nothing.
+    """
     put_buckets_into_the_arena()
     ranks: Sequence[int] = list(options.global_ranks_in_group) or range(options.group_size)
     if options.group_size > 1:
@@ -52,7 +59,17 @@ def create_group(options: Any, backend_options: Any) -> Any:
     )
     # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
     atexit.register(group.farewell().say)
+    if dist.is_initialized() and options.group_size > 1:
+        _connect(group, options.group_rank, options.group_size)
     return group
+
+
+def _connect(group: Any, rank: int, size: int) -> None:
+    """Passes an empty message around: the first one connects, for which every member has to come."""
+    sent = group.send([torch.empty(0)], (rank + 1) % size, _CONNECTING)
+    received = group.recv([torch.empty(0)], (rank - 1) % size, _CONNECTING)
+    sent.wait()
+    received.wait()
 
 
 def _agreed_key(store: dist.Store, rank: int) -> str:

@@ -160,3 +160,16 @@ def _counted(rank, world_size):
 
 def test_counters_show_the_bytes_that_moved(run_ranks):
     assert all(run_ranks(_counted, 2))
+
+
+def _first_a_message(rank, world_size):
+    group = dist.new_group([0, 1, 2])
+    if rank < 2:
+        tensor = torch.full((200_000,), float(rank))  # more than is sent before the receiver has asked for it
+        (dist.send if rank == 0 else dist.recv)(tensor, 1 - rank, group=group)
+        assert (tensor == 0).all()
+    dist.barrier()  # the third rank goes here at once, and has done nothing in the group
+
+
+def test_the_first_operation_of_a_group_may_be_a_message_that_others_know_nothing_of(run_ranks):
+    run_ranks(_first_a_message, 3)
