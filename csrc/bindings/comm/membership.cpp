@@ -46,15 +46,21 @@ std::exception_ptr Membership::with_call_sites(std::exception_ptr failure, uint6
              std::to_string(rank);
     };
     const auto deadline = steady_clock::now() + milliseconds(1000);
+    const auto get = [&](const std::string& name) {
+      const auto left = std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
+      return store_->get(name, std::max(left, milliseconds(0)));
+    };
     std::string text = std::string(mismatch.what()) + " Called at:";
     try {
       store_->set(key(options_.rank), std::vector<uint8_t>(own_site.begin(), own_site.end()));
       for (int rank = 0; rank < options_.size; ++rank) {
-        const auto left = std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
-        const auto site = store_->get(key(rank), std::max(left, milliseconds(0)));
+        const auto site = get(key(rank));
         text += " rank " + std::to_string(global_rank_of(rank)) + ", " +
                 std::string(site.begin(), site.end()) + ";";
       }
+      // Rank 0 may host the store: it stays until the others have read.
+      store_->set(key(options_.rank) + "/read", {});
+      for (int rank = 1; options_.rank == 0 && rank < options_.size; ++rank) get(key(rank) + "/read");
     } catch (const std::exception&) {
       text += " others did not tell;";  // one that met the mismatch elsewhere, or whose store is gone
     }
