@@ -62,17 +62,7 @@ def build_runner(
     if group is not None:
         _broadcast_model(model, arenas, group)
     buffers = BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group))
-    update: Update
-    reduction: Reduction | None
-    if sharded and group is not None:  # a world of one owns everything
-        native = check_shardable(built)
-        statistics = StepStatistics(len(arenas.places), buffers.num_watched, device, num_chunks(native))
-        reduction = ShardReduction(plan, native, arenas.buckets, statistics.norm_terms, group)
-        update = ShardedUpdate(plan, native, arenas, statistics.norm_terms, group)
-    else:
-        statistics = StepStatistics(len(arenas.places), buffers.num_watched, device)
-        reduction = None if group is None else make_reduction(plan, arenas.buckets, group, device)
-        update = make_update(built, arenas)
+    statistics, reduction, update = _sums_and_update(plan, built, arenas, buffers, group=group, device=device)
     invariant = plan.numerics == "world_invariant"
     sum_over_ranks = comm.all_reduce_tree if invariant else dist.all_reduce
     reducer = Reducer(arenas.buckets, reduction, automatic=not invariant)
@@ -97,6 +87,27 @@ def build_runner(
     if plan.seed is not None:
         seed_data_rank(plan.seed, runner.data_rank)
     return runner
+
+
+def _sums_and_update(
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    arenas: ModelArenas,
+    buffers: BufferSync,
+    *,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> tuple[StepStatistics, Reduction | None, Update]:
+    """How gradients are summed over ranks and stepped, and the numbers that travel with a step."""
+    if plan.shard != "optimizer" or group is None:  # a world of one owns everything
+        statistics = StepStatistics(len(arenas.places), buffers.num_watched, device)
+        reduction = None if group is None else make_reduction(plan, arenas.buckets, group, device)
+        return statistics, reduction, make_update(optimizer, arenas)
+    native = check_shardable(optimizer)
+    statistics = StepStatistics(len(arenas.places), buffers.num_watched, device, num_chunks(native))
+    terms = statistics.norm_terms
+    reducing = ShardReduction(plan, native, arenas.buckets, terms, group)
+    return statistics, reducing, ShardedUpdate(plan, native, arenas, terms, group)
 
 
 def _accumulation(

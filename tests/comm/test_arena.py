@@ -183,8 +183,9 @@ def _killed_amid_collectives(rank, world_size, victims, folder):
 
 
 def _names_in(folder):
-    # Other tests of this machine may run meanwhile: only names that could be ours.
-    return {path.name for path in Path(folder).iterdir() if "mlsys" in path.name}
+    # Other programs of this machine may run meanwhile, the native tests too: only names that could be ours.
+    names = {path.name for path in Path(folder).iterdir()}
+    return {name for name in names if "mlsys" in name and not name.startswith("mlsys-test-")}
 
 
 @pytest.mark.parametrize("victims", [(1,), (0, 1, 2)], ids=["one", "all"])

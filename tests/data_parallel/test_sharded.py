@@ -245,13 +245,17 @@ def test_a_model_of_another_dtype_is_refused_when_it_is_planned():
         strategies.plan(mlp().double(), strategies.DataParallel(shard="optimizer"), world=2)
 
 
-def test_a_world_of_one_trains_as_ever():
+def _alone(rank, world_size):
     model, other = mlp(), mlp()
     for trained, shard in ((model, "optimizer"), (other, "none")):
         runner = _wrap(trained, shard, sample=pairs(1), max_grad_norm=1.0)
         for step in range(3):
             runner.step([pairs(4, seed=step)])
-    assert all(np.array_equal(value, _weights(other)[name]) for name, value in _weights(model).items())
+    return all(np.array_equal(value, _weights(other)[name]) for name, value in _weights(model).items())
+
+
+def test_a_world_of_one_trains_as_ever(run_ranks):
+    assert run_ranks(_alone, 1) == [True]
 
 
 def _bereaved(rank, world_size, runner_steps):

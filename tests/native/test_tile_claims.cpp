@@ -118,7 +118,7 @@ TEST(a_rank_that_stops_inside_a_tile_is_named_by_the_timeout) {
   Host host(3);
   std::atomic<bool> taken{false}, told{false};
   host.run([&](int rank, LocalTeam& team) {
-    begin(team, 1, std::chrono::milliseconds(rank == 2 ? 60000 : 50));
+    begin(team, 1, std::chrono::milliseconds(rank == 0 ? 2000 : 60000));  // rank 0 must get past the arrival
     TileClaims claims(team, 0, 1);
     size_t tile = 0;
     if (rank == 2) {

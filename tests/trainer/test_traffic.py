@@ -29,9 +29,12 @@ def _train(rank: int, world_size: int, run_dir: str) -> tuple[comm.Counters, int
 def test_gradients_move_through_shared_memory_in_place(
     tmp_path: Path, run_ranks: Any, world_size: int
 ) -> None:
-    for counters, gradient_bytes in run_ranks(_train, world_size, str(tmp_path)):
-        # Whatever the algorithm, a rank must learn the other ranks' share of each sum.
-        assert counters.shm_bytes >= STEPS * gradient_bytes * (world_size - 1) // world_size
+    counted = run_ranks(_train, world_size, str(tmp_path))
+    # Each sum reads what all but one rank have, and writes to all but one. Which rank does how much of it
+    # depends on who has time.
+    moved = sum(counters.shm_bytes for counters, _ in counted)
+    assert moved >= STEPS * counted[0][1] * 2 * (world_size - 1)
+    for counters, _ in counted:
         assert counters.zero_copy_operations >= STEPS
         assert counters.tcp_bytes_sent == counters.tcp_bytes_received == 0
 
