@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.support import soak
 
 HERE = Path(__file__).resolve().parent
 needs_compiler = pytest.mark.skipif(
@@ -27,14 +30,15 @@ def make(target: str, timeout_s: float) -> str:
 
 
 @needs_compiler
-@pytest.mark.slow  # compiles for minutes
-def test_native_tests_pass_under_asan_and_no_malformed_frame_breaks_a_parser() -> None:
-    done = make("asan", 900)
-    assert "tests passed" in done
-    assert "inputs parsed" in done
+@pytest.mark.slow  # compiles for a minute or two
+def test_native_tests_pass_and_no_malformed_frame_breaks_a_parser() -> None:
+    assert "tests passed" in make("check", 600)
+    assert "inputs parsed" in make("fuzz", 600)
 
 
 @needs_compiler
-@pytest.mark.slow
-def test_native_tests_pass_under_tsan() -> None:
-    assert "tests passed" in make("tsan", 900)
+@pytest.mark.soak  # five minutes each
+@pytest.mark.skipif(soak.SAMPLE in os.environ, reason="a sample of the soak tests: see scripts/sanitize")
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_native_tests_pass_under_the_sanitizers(sanitizer: str) -> None:
+    assert "tests passed" in make(sanitizer, 1200)

@@ -43,9 +43,10 @@ Verdict judge(const Topology& topology, std::span<const Standing> standings, std
   }
   verdict.unreachable = !stopped.empty() || (behind.empty() && !silent.empty());
   for (size_t part = 0; part < 4; ++part) {
-    if (!parts[part].empty()) verdict.findings += titles[part] + parts[part];
+    if (parts[part].empty()) continue;
+    parts[part].back() = '.';
+    verdict.findings += titles[part] + parts[part];
   }
-  if (!verdict.findings.empty()) verdict.findings.back() = '.';
   return verdict;
 }
 

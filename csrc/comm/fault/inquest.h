@@ -20,7 +20,7 @@ struct Standing {
 struct Verdict {
   int culprit = -1;          // group rank
   bool unreachable = false;  // its process is stopped, or nothing was heard of it
-  std::string findings;      // " Stopped: rank 1 last called ...; Arrived: ..."
+  std::string findings;      // " Stopped: rank 1 last called X. Arrived: ..."
 };
 
 // `standings` has one entry for each rank of the group, or none when nobody could be asked; `awaited` are the
