@@ -6,6 +6,7 @@ only name the classes that DCP itself writes into it, and values are loaded with
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 from pathlib import Path
@@ -51,8 +52,17 @@ _METADATA_CLASSES = {
 }
 
 
+def _member(kind: Any, name: str) -> enum.Enum:
+    """What stands for `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of an enumeration."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of {kind!r}")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint metadata contains")
         return super().find_class(module, name)

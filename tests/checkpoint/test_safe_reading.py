@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from mlsys_engine import checkpoint
 from mlsys_engine.checkpoint import marker, safe_reading
@@ -40,6 +42,28 @@ def test_a_metadata_file_that_names_other_code_is_refused_and_not_run(tmp_path: 
     with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
         checkpoint.load(path, contents(0.0))
     assert not (tmp_path / "ran").exists()
+
+
+class _Attribute:
+    def __init__(self, owner: Any, name: str) -> None:
+        self.of = (owner, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.of
+
+
+def test_members_of_enumerations_come_back_however_python_pickled_them() -> None:
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for pickled in (member, _Attribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")):
+        unpickler = safe_reading._MetadataUnpickler(io.BytesIO(pickle.dumps(pickled)))
+        assert unpickler.load() is member
+
+
+def test_no_other_attribute_can_be_asked_for() -> None:
+    for owner, name in ((_MEM_FORMAT_ENCODING, "__class__"), (Metadata, "__init__")):
+        unpickler = safe_reading._MetadataUnpickler(io.BytesIO(pickle.dumps(_Attribute(owner, name))))
+        with pytest.raises(pickle.UnpicklingError, match="asks for the attribute"):
+            unpickler.load()
 
 
 def test_values_are_loaded_as_weights_only(tmp_path: Path) -> None:
