@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,11 @@ def test_a_rank_that_does_not_come_is_left_out_and_told_so(run_ranks):
     assert "went on without it" in late
 
 
-def _resources(rank: int, world_size: int) -> tuple[set[str], int]:
+# One thread of the new store's server, with its sockets, on the rank that serves it.
+MORE_DESCRIPTORS, MORE_THREADS = 8, 2
+
+
+def _resources(rank: int, world_size: int) -> tuple[int, int]:
     _sum_of(rank)
     dist.barrier()
     gc.collect()
@@ -164,11 +169,14 @@ def _resources(rank: int, world_size: int) -> tuple[set[str], int]:
     _all_reduce_until_it_fails()
     comm.reconfigure()
     dist.all_reduce(torch.ones(50_000))
-    gc.collect()
-    after = held()
-    kinds = [sorted(name.partition(":")[0] for name in names) for names, _ in (before, after)]
-    # The last two ranks hold no more than the three did.
-    return len(kinds[1]) - len(kinds[0]), after[1] - before[1]
+    deadline = time.monotonic() + 20
+    while True:  # the store's server closes the connections of those who left when it gets to it
+        gc.collect()
+        after = held()
+        more = len(after[0]) - len(before[0]), after[1] - before[1]
+        if (more[0] <= MORE_DESCRIPTORS and more[1] <= MORE_THREADS) or time.monotonic() > deadline:
+            return more
+        os.sched_yield()
 
 
 def test_the_old_groups_threads_and_descriptors_are_released(run_ranks_collecting):
@@ -176,9 +184,8 @@ def test_the_old_groups_threads_and_descriptors_are_released(run_ranks_collectin
     for rank in (0, 2):
         assert outcomes[rank].error is None, outcomes[rank].error
         more_descriptors, more_threads = outcomes[rank].value
-        # One thread of the new store's server, with its sockets, on the rank that serves it.
-        assert more_descriptors <= 8, outcomes[rank].value
-        assert more_threads <= 2, outcomes[rank].value
+        assert more_descriptors <= MORE_DESCRIPTORS, outcomes[rank].value
+        assert more_threads <= MORE_THREADS, outcomes[rank].value
 
 
 def _trains_on(rank: int, world_size: int) -> list[float]:
