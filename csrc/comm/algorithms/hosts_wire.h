@@ -1,10 +1,13 @@
 // The wire's side of an operation between hosts: runs a schedule on the chunks of many tiles at once.
 //
 // A tile is what passes through shared memory at a time; of each tile, each ring has one chunk a slice.
-// Messages between two ranks have one order that both ends derive from the schedule: step s of tile t comes
-// in wave t * D + s, where D keeps at most kTilesUnderWay tiles on the wire, and within a wave older tiles
-// come first. In a steady state the messages of a wave depend on the wave before alone, so the next chunk
-// arrives while this one is combined, and the wire does not run dry at the end of a step.
+// Messages have one order that both ends derive from the schedule: step s of tile t comes in wave t * D + s,
+// where D keeps at most kTilesUnderWay tiles on the wire, and within a wave younger tiles come first. What a
+// message depends on, an earlier step of its tile, is in an earlier wave, with the messages of younger tiles
+// between the two: they are on the wire while that step's data is combined, so the wire does not run dry.
+// Consecutive steps travel on different sockets, and only messages of one socket keep that order: when the
+// next message of one has to wait, those of the others go ahead, as far as tiles are loaded. (Of all messages
+// that are not done, the first one waits for nothing, so something always moves.)
 #pragma once
 
 #include <deque>
@@ -55,35 +58,42 @@ class Wire {
     Mesh::Message message;
     uint32_t tile;
   };
+  // The messages that start on one socket of each peer.
+  struct Lane {
+    std::vector<Move> sends, receives;
+    std::deque<Sent> leaving;                     // up to sends[num_sent]
+    std::deque<Mesh::Message> arriving;           // receives[num_received ...]
+    size_t num_sent = 0;                          // posted
+    size_t num_received = 0;                      // taken
+    std::vector<std::vector<std::byte>> inboxes;  // for what is merged
+  };
 
-  bool take_received();
-  bool post_receives();
-  bool post_sends();
-  bool may_send(const Move& move) const;
+  bool take_received(Lane& lane);
+  bool post_receives(Lane& lane);
+  bool post_sends(Lane& lane);
   size_t ring_of(const Move& move) const { return plan_.rings.mine[move.ring]; }
   int peer_of(const Move& move, int host) const {
     return plan_.rings.members[ring_of(move)][static_cast<size_t>(host)];
   }
   int lane_of(const Move& move) const;
-  size_t& steps_received(const Move& move) {
-    return steps_received_[move.tile * plan_.rings.mine.size() + move.ring];
+  // Whether what `move` brought has been taken, on this rank.
+  std::vector<bool>::reference received(const Move& move, size_t step) {
+    const size_t chunk = move.tile * plan_.rings.mine.size() + move.ring;
+    return received_[chunk * plan_.schedule.size() + step];
   }
+  bool all_received(const Move& move, const std::vector<size_t>& steps);
 
   Mesh& mesh_;
   const HostPlan& plan_;
   ChunkAt chunk_at_;
   Merge merge_;
-  std::vector<size_t> needs_;  // by step: a send needs the receives of so many steps
-  std::vector<Move> sends_, receives_;
-  std::vector<std::vector<std::byte>> inboxes_;
-  std::deque<Mesh::Message> arriving_;  // receives_[num_received_ ...]
-  std::deque<Sent> leaving_;
-  std::vector<size_t> steps_received_;
+  // By step: the earlier ones that bring the slice which it sends, and the slice which it receives.
+  std::vector<std::vector<size_t>> before_send_, before_take_;
+  std::vector<Lane> lanes_;
+  std::vector<bool> received_;
   std::vector<size_t> moves_left_;  // by tile
   size_t num_loaded_ = 0;
   size_t num_done_ = 0;
-  size_t num_sent_ = 0;      // posted
-  size_t num_received_ = 0;  // taken
 };
 
 }  // namespace mlsys::comm
