@@ -104,6 +104,30 @@ TEST(a_killed_rank_fails_pending_receives) {
   }
 }
 
+// The end of the connection is noticed before the death, but the death is what all survivors shall name.
+TEST(a_rank_killed_in_the_middle_of_a_large_message_is_named_by_its_death) {
+  for (const ranks::Job& job : groups()) {
+    survivors_pass(job, 1, [&](Rank& r) {
+      std::vector<std::byte> large(1 << 20);
+      int small = 0;
+      r.comm->barrier(kDefault);
+      if (r.rank == 1) {
+        const auto announced = r.comm->send(large.data(), large.size(), 0, 1);
+        r.comm->send(&small, sizeof(small), 0, 2)->wait(kDefault);
+        ranks::post(r, "pid", std::to_string(::getpid()));
+        for (;;) ::pause();
+      }
+      if (r.rank != 0) return;
+      r.comm->recv(&small, sizeof(small), 1, 2)->wait(kDefault);  // came after the announcement
+      const auto victim = static_cast<pid_t>(std::stol(ranks::await_post(r, "pid")));
+      ::kill(victim, SIGSTOP);  // so that the payload does not come
+      const auto request = r.comm->recv(large.data(), large.size(), 1, 1);
+      ::kill(victim, SIGKILL);
+      expect_failure_of(1, "its process died", [&] { request->wait(kDefault); });
+    });
+  }
+}
+
 TEST(a_rank_that_poisons_is_named_with_its_cause) {
   for (const ranks::Job& job : groups()) {
     const int culprit = job.size - 1;

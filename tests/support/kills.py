@@ -9,6 +9,7 @@ processes share.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import random
@@ -30,7 +31,7 @@ from tests.support.ranks import run_ranks_collecting
 
 TIMEOUT_S = 0.5  # of the groups in which a rank is stopped
 PATIENCE_S = 20.0  # of the others: who finishes earlier learned of the failure itself
-HANG_S = 45.0
+HANG_S = 30.0  # a rank that is not done by then writes its stacks, which become a complaint, and ends
 LAYOUTS = {2: ["", "0,1"], 3: ["", "0,0,1", "0,1,2"], 4: ["", "0,0,1,1", "0,1,0,1", "0,1,2,3"]}
 WAYS = ["kill", "kill", "exit", "raise", "stop"]
 PHASES = [
@@ -105,7 +106,12 @@ def run_trial(trial: Trial, folder: Path) -> Outcome:
     if trial.way == "stop":
         continuing.start()
     results = run_ranks_collecting(
-        _play, trial.world_size, trial, str(folder), timeout_s=HANG_S, env={"MLSYS_LOCALITY": trial.locality}
+        _play,
+        trial.world_size,
+        trial,
+        str(folder),
+        timeout_s=HANG_S + 10.0,
+        env={"MLSYS_LOCALITY": trial.locality},
     )
     if trial.way == "stop":
         continuing.join()
@@ -115,10 +121,17 @@ def run_trial(trial: Trial, folder: Path) -> Outcome:
             reports[rank] = result.value
             complaints += [f"rank {rank}: {text}" for text in _complaints(trial, rank, result.value)]
         elif rank != trial.victim or trial.way == "stop":
-            complaints.append(f"rank {rank} ended with {result.exitcode}: {result.error}")
+            complaints.append(
+                f"rank {rank} ended with {result.exitcode}: {result.error or _stacks(folder, rank)}"
+            )
     return Outcome(
         trial=trial, reports=reports, latency_s=_latency_s(trial, folder, reports), complaints=complaints
     )
+
+
+def _stacks(folder: Path, rank: int) -> str:
+    path = folder / f"stacks-{rank}"
+    return path.read_text() if path.exists() else "it did not come to the trial"
 
 
 def _latency_s(trial: Trial, folder: Path, reports: dict[int, Report]) -> float:
@@ -166,6 +179,8 @@ def _continue_the_stopped(trial: Trial, folder: Path) -> None:
 
 def _play(rank: int, world_size: int, trial: Trial, folder: str) -> Report:
     directory = Path(folder)
+    stacks = (directory / f"stacks-{rank}").open("w")
+    faulthandler.dump_traceback_later(HANG_S, exit=True, file=stacks)
     before = held()
     timeout = timedelta(seconds=trial.timeout_s)
     world = dist.new_group(timeout=timeout)

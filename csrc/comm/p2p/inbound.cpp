@@ -11,6 +11,7 @@
 namespace mlsys::comm {
 namespace {
 
+using Clock = std::chrono::steady_clock;
 using Kind = MessageHeader::Kind;
 
 // One source may not keep the others waiting for more than this at a time.
@@ -25,6 +26,22 @@ bool Messenger::end_source(Links& links, Source& source, const std::string& why)
   return false;
 }
 
+bool Messenger::break_source(Source& source, std::string why) {
+  if (!source.waiting()) return false;  // the sender left when everything had been taken
+  source.socket.close();
+  source.fetching.clear();
+  source.failure = std::move(why);
+  source.failed_at = Clock::now();
+  return true;
+}
+
+// The watch thread's verdict, when there is one, ends everything: see run().
+bool Messenger::judge_source(Links& links, Source& source) {
+  if (links.faults->has_left(source.peer)) return end_source(links, source, "left the group");
+  if (Clock::now() - source.failed_at < kGrace) return true;
+  return end_source(links, source, source.failure);
+}
+
 bool Messenger::pull(Links& links, Source& source) {
   const bool remote = !links.topology.is_local(source.peer);
   for (size_t turn = 0; turn < kTurnBytes;) {
@@ -33,10 +50,10 @@ bool Messenger::pull(Links& links, Source& source) {
                               MessageHeader::kBytes - source.header.size());
     if (source.message != nullptr) room = mailbox_.room(*source.message, kTurnBytes);
     const ssize_t got = ::recv(source.socket.fd(), room.data(), room.size(), MSG_DONTWAIT);
-    if (got == 0) return end_source(links, source, "its connection ended in the middle of a message");
+    if (got == 0) return break_source(source, "its connection ended in the middle of a message");
     if (got < 0) {
       if (errno == EAGAIN || errno == EINTR) return true;
-      return end_source(links, source, std::string("the connection broke: ") + std::strerror(errno));
+      return break_source(source, std::string("the connection broke: ") + std::strerror(errno));
     }
     turn += static_cast<size_t>(got);
     if (source.message != nullptr) {
@@ -125,7 +142,7 @@ bool Messenger::fetch(Links& links, Source& source) {
     iovec from{reinterpret_cast<void*>(header.place + message->received), room.size()};
     const ssize_t copied = ::process_vm_readv(pid, &into, 1, &from, 1, 0);
     if (copied <= 0) {
-      if (message->received != 0) return end_source(links, source, "its memory could not be read");
+      if (message->received != 0) return break_source(source, "its memory could not be read");
       links.readable[static_cast<size_t>(source.peer)] = false;  // not permitted here: do not try again
       return finish(Kind::kRefuse);
     }

@@ -12,6 +12,8 @@ using Clock = std::chrono::steady_clock;
 
 // How often a receive is checked for having become hopeless.
 constexpr int kTickMs = 100;
+// How often the reason for a broken connection is looked for.
+constexpr int kDoubtMs = 10;
 
 }  // namespace
 
@@ -117,7 +119,7 @@ void Messenger::run() noexcept {
     }
     for (;;) {
       std::vector<pollfd> waiting = polls(links);
-      if (::poll(waiting.data(), waiting.size(), fetching() ? 0 : kTickMs) < 0 && errno != EINTR)
+      if (::poll(waiting.data(), waiting.size(), patience_ms()) < 0 && errno != EINTR)
         throw_errno("poll of messages");
       {
         const std::lock_guard lock(*mutex_);
@@ -153,9 +155,15 @@ std::vector<pollfd> Messenger::polls(Links& links) const {
   return waiting;
 }
 
-bool Messenger::fetching() const {
+int Messenger::patience_ms() const {
   const std::lock_guard lock(*mutex_);
-  return std::any_of(sources_.begin(), sources_.end(), [](const Source& s) { return !s.fetching.empty(); });
+  const auto any = [](const auto& connections, const auto& is) {
+    return std::any_of(connections.begin(), connections.end(), is);
+  };
+  if (any(sources_, [](const Source& source) { return !source.fetching.empty(); })) return 0;
+  const bool doubts = any(sources_, [](const Source& source) { return !source.failure.empty(); }) ||
+                      any(outbound_, [](const auto& entry) { return !entry.second.failure.empty(); });
+  return doubts ? kDoubtMs : kTickMs;
 }
 
 void Messenger::serve(Links& links) {
@@ -163,7 +171,8 @@ void Messenger::serve(Links& links) {
   for (Acceptor& acceptor : acceptors_) {
     for (Acceptor::Peer& peer : acceptor.progress()) {
       if (peer.purpose == Purpose::kPointToPoint)
-        sources_.push_back({peer.rank, ++num_connections_, Socket(std::move(peer.fd)), {}, {}, {}, {}, {}});
+        sources_.push_back(
+            {peer.rank, ++num_connections_, Socket(std::move(peer.fd)), {}, {}, {}, {}, {}, {}, {}});
     }
   }
   for (auto& [destination, outbound] : outbound_) {
@@ -172,7 +181,10 @@ void Messenger::serve(Links& links) {
   }
   for (size_t i = sources_.size(); i-- > 0;) {
     Source& source = sources_[i];
-    if (!pull(links, source) || !fetch(links, source) || !flush_replies(source)) {
+    const bool goes_on = source.failure.empty()
+                             ? pull(links, source) && fetch(links, source) && flush_replies(source)
+                             : judge_source(links, source);
+    if (!goes_on) {
       sources_.erase(sources_.begin() + static_cast<ptrdiff_t>(i));
     }
   }

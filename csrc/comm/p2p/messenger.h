@@ -76,13 +76,17 @@ class Messenger {
     std::map<uint64_t, std::shared_ptr<Inbound>> offers;  // not yet taken
     std::deque<std::pair<std::shared_ptr<Inbound>, MessageHeader>> fetching;
     std::vector<uint8_t> replies;
+    std::string failure;  // why the connection ended with messages under way
+    std::chrono::steady_clock::time_point failed_at;
+    bool waiting() const { return message != nullptr || !offers.empty(); }
   };
 
   std::shared_ptr<Request> enqueue(std::shared_ptr<MessageState> state);
   void run() noexcept;
   void serve(Links& links);
   std::vector<pollfd> polls(Links& links) const;
-  bool fetching() const;
+  // How long the progress thread may sleep.
+  int patience_ms() const;
   // outbound.cpp
   bool call(Links& links, int destination, Outbound& outbound);
   void break_outbound(Outbound& outbound, std::string why);
@@ -97,11 +101,17 @@ class Messenger {
   void reply(Source& source, MessageHeader::Kind kind, uint64_t id);
   bool fetch(Links& links, Source& source);
   bool end_source(Links& links, Source& source, const std::string& why);
+  static bool break_source(Source& source, std::string why);
+  bool judge_source(Links& links, Source& source);
   static bool flush_replies(Source& source);
   void end_hopeless(Links& links);
   void end_everything(std::exception_ptr error);
   void flush_ended();
   std::exception_ptr peer_failed(Links& links, int peer, const std::string& cause) const;
+
+  // How long a broken connection waits for the watch thread to name the reason, which it knows better: the
+  // end of a neighbour may be a consequence of another rank's failure.
+  static constexpr std::chrono::milliseconds kGrace{300};
 
   const Options options_;
   const std::function<Links&()> connect_;

@@ -12,8 +12,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Kind = MessageHeader::Kind;
 
-// How long a broken connection waits for the watch thread to name the reason.
-constexpr std::chrono::milliseconds kGrace{300};
 constexpr int kMostCalls = 20;
 
 }  // namespace
