@@ -51,6 +51,11 @@ struct Reduction {
 // of 256 elements with one fp32 scale, 1.02 bytes an element. csrc/comm/codec/codec.h has the formats.
 enum class Compression : uint8_t { kBFloat16, kInt8 };
 
+// What moves bytes between hosts (transport/carrier.h), where the binding brings it along.
+class Carrier;
+// A group has two, each used by one thread at a time, whose bytes never meet.
+enum class CarrierUse : uint8_t { kCollectives, kMessages };
+
 // The rendezvous that all ranks of the group share; implemented by the binding on c10d::Store.
 class Store {
  public:
@@ -75,6 +80,9 @@ struct Options {
   // Connections between two ranks of different hosts, the same on all ranks; a large message uses all of
   // them.
   int sockets_per_peer = 2;
+  // Makes what moves payload between hosts instead of TCP sockets; called when the group turns out to have
+  // several hosts. Null: TCP.
+  std::function<std::shared_ptr<Carrier>(CarrierUse)> make_carrier;
   // Proves membership to the data sockets (HMAC or equal strength); the same on all ranks, from the launcher.
   std::string job_key;
   // Told in words what a user may want to read in the log (connections of strangers), from any thread, at
@@ -108,6 +116,8 @@ struct Counters {
   uint64_t shm_bytes = 0;  // read from, or written to, another rank's shared memory
   uint64_t tcp_bytes_sent = 0;
   uint64_t tcp_bytes_received = 0;
+  uint64_t mpi_bytes_sent = 0;  // by what Options::make_carrier made
+  uint64_t mpi_bytes_received = 0;
   uint64_t zero_copy_operations = 0;  // reduced in place in the shared arena, without staging
   uint64_t strangers = 0;             // connections that were turned away, since the group connected
 };

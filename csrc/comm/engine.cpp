@@ -184,14 +184,17 @@ Counters Engine::counters() const {
   const Links* l = connected_.load(std::memory_order_acquire);
   if (l != nullptr) counters.strangers = l->strangers.count();
   if (l != nullptr && l->mesh != nullptr) {
-    counters.tcp_bytes_sent += l->mesh->bytes_sent();
-    counters.tcp_bytes_received += l->mesh->bytes_received();
+    const bool brought = l->mesh->brings_carrier();
+    (brought ? counters.mpi_bytes_sent : counters.tcp_bytes_sent) += l->mesh->carrier().bytes_sent();
+    (brought ? counters.mpi_bytes_received : counters.tcp_bytes_received) +=
+        l->mesh->carrier().bytes_received();
   }
   const std::lock_guard lock(messaging_);
   if (messenger_ != nullptr) {
     counters.shm_bytes += messenger_->local_bytes_received();  // unix sockets, also inside the host
     counters.tcp_bytes_sent += messenger_->tcp_bytes_sent();
     counters.tcp_bytes_received += messenger_->tcp_bytes_received();
+    messenger_->count_carried(&counters);
   }
   return counters;
 }
@@ -209,9 +212,9 @@ std::string Engine::describe_transports() const {
     const bool own = std::find(host.begin(), host.end(), options_.rank) != host.end();
     if (own && l->team->streams()) text += " (staged by streaming stores)";
   }
-  return l->topology.num_hosts() == 1
-             ? text
-             : text + "; TCP between these " + std::to_string(l->topology.num_hosts()) + " hosts";
+  return l->topology.num_hosts() == 1 ? text
+                                      : text + "; " + l->mesh->carrier().name() + " between these " +
+                                            std::to_string(l->topology.num_hosts()) + " hosts";
 }
 
 void Engine::expect_healthy() const {

@@ -15,6 +15,7 @@ from mlsys_engine.comm.accelerator import nccl_maker
 from mlsys_engine.comm.cuda_ipc import ipc_preparer
 from mlsys_engine.comm.environment import job_key, locality, recorder_settings, sockets_per_peer
 from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
+from mlsys_engine.comm.transport import prepare
 from mlsys_engine.native import load_comm
 
 NAME = "mlsys"
@@ -42,6 +43,7 @@ def create_group(options: Any, backend_options: Any) -> Any:
         # By this the others watch over this process also before it connects.
         presence = f"mlsys/{options.group_id}/presence/{options.group_rank}"
         options.store.set(presence, load_comm().presence())
+    mpi = prepare(options)
     make_nccl = nccl_maker(options, backend_options, ranks)
     load_comm().configure_recorder(**dataclasses.asdict(recorder_settings()))
     group = load_comm().create(
@@ -56,6 +58,7 @@ def create_group(options: Any, backend_options: Any) -> Any:
         sockets_per_peer=sockets_per_peer(),
         make_accelerator=make_nccl,
         make_small=None if make_nccl is None else ipc_preparer(options),
+        mpi=mpi,
     )
     # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
     atexit.register(group.farewell().say)

@@ -17,6 +17,8 @@ class Counters:
     shm_bytes: int  # read from, or written to, another rank's shared memory
     tcp_bytes_sent: int
     tcp_bytes_received: int
+    mpi_bytes_sent: int  # instead of TCP, with MLSYS_TRANSPORT=mpi
+    mpi_bytes_received: int
     zero_copy_operations: int  # done in place in the shared arena, without staging
     strangers: int  # connections turned away because they did not prove the job's key
 
@@ -27,5 +29,5 @@ def counters(group: dist.ProcessGroup | None = None) -> Counters:
 
 
 def describe_transports(group: dist.ProcessGroup | None = None) -> str:
-    """One line in words: which ranks share memory with this one, and which are reached over TCP."""
+    """One line in words: which ranks share memory with this one, and how the others are reached."""
     return str(native_group(group).describe_transports())

@@ -12,6 +12,7 @@ from mlsys_engine.errors import LaunchError
 JOB_KEY = "MLSYS_JOB_KEY"
 LOCALITY = "MLSYS_LOCALITY"
 SOCKETS_PER_PEER = "MLSYS_SOCKETS_PER_PEER"
+TRANSPORT = "MLSYS_TRANSPORT"
 DEFAULT_SOCKETS_PER_PEER, MOST_SOCKETS_PER_PEER = 2, 16
 RECORDER_ENTRIES = "MLSYS_RECORDER_ENTRIES"
 RECORDER_DETAIL = "MLSYS_RECORDER_DETAIL"
@@ -77,6 +78,18 @@ def sockets_per_peer() -> int:
             f"For example {SOCKETS_PER_PEER}=4; unset it for {DEFAULT_SOCKETS_PER_PEER}.",
         )
     return int(text)
+
+
+def transport() -> str:
+    """What moves payload between hosts: "tcp" (our own sockets, the default) or "mpi"."""
+    text = os.environ.get(TRANSPORT, "").strip()
+    if text not in ("", "tcp", "mpi"):
+        raise LaunchError(
+            f"{TRANSPORT}={text!r} is set.",
+            "It is tcp (our own sockets, the default) or mpi (the communicator of mpi4py, under mpirun).",
+            f"For example {TRANSPORT}=mpi, the same on all ranks; unset it for tcp.",
+        )
+    return text or "tcp"
 
 
 def recorder_settings() -> RecorderSettings:

@@ -10,6 +10,7 @@
 #include "bindings/comm/cuda_ipc.h"
 #include "bindings/comm/direct.h"
 #include "bindings/comm/failures.h"
+#include "bindings/comm/mpi_job.h"
 #include "bindings/comm/store_adapter.h"
 #include "comm/recorder/dump.h"
 
@@ -32,7 +33,7 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
                                              std::string job_key, int sockets_per_peer,
                                              const std::string& accelerator,
                                              Accelerator::Maker make_accelerator,
-                                             Accelerator::SmallMaker make_small) {
+                                             Accelerator::SmallMaker make_small, std::optional<MpiJob> mpi) {
   comm::Options options;
   options.rank = rank;
   options.size = size;
@@ -42,6 +43,11 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
   options.locality = std::move(locality);
   options.job_key = std::move(job_key);
   options.sockets_per_peer = sockets_per_peer;
+  if (mpi) {
+    options.make_carrier = [job = std::move(*mpi), sockets_per_peer](comm::CarrierUse use) {
+      return make_mpi_carrier(job, use, sockets_per_peer);
+    };
+  }
   options.report = [place = "mlsys: rank " + std::to_string(options.global_ranks[static_cast<size_t>(rank)]) +
                             ", group " + options.group_name +
                             ": "](const std::string& line) { LOG(WARNING) << place << line; };
@@ -57,6 +63,8 @@ py::dict counters(const ProcessGroupMlsys& group) {
   result["shm_bytes"] = counted.shm_bytes;
   result["tcp_bytes_sent"] = counted.tcp_bytes_sent;
   result["tcp_bytes_received"] = counted.tcp_bytes_received;
+  result["mpi_bytes_sent"] = counted.mpi_bytes_sent;
+  result["mpi_bytes_received"] = counted.mpi_bytes_received;
   result["zero_copy_operations"] = counted.zero_copy_operations;
   result["strangers"] = counted.strangers;
   return result;
@@ -88,6 +96,12 @@ PYBIND11_MODULE(_comm, m) {
 
   py::class_<SmallAllReduce, std::shared_ptr<SmallAllReduce>>(m, "SmallAllReduce");
   define_cuda_ipc(m);
+
+  py::class_<MpiJob>(m, "MpiJob")
+      .def(py::init<std::string, int, uint64_t, uint64_t, std::vector<int>, int>(), py::kw_only(),
+           py::arg("extension"), py::arg("handle_bytes"), py::arg("communicator"), py::arg("byte_type"),
+           py::arg("ranks"), py::arg("first_tag"))
+      .def_readonly_static("NUM_TAGS", &MpiJob::kNumTags);
 
   ProcessGroupClass process_group(m, "ProcessGroupMlsys", c10d.attr("Backend"));
   define_direct_calls(process_group);
@@ -156,5 +170,5 @@ PYBIND11_MODULE(_comm, m) {
         py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
         py::arg("sockets_per_peer"), py::arg("accelerator") = "cuda",
         py::arg("make_accelerator") = py::none(), py::arg("make_small") = py::none(),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("mpi") = py::none(), py::call_guard<py::gil_scoped_release>());
 }

@@ -79,7 +79,8 @@ PublishedAddress decode_address(const std::vector<uint8_t>& bytes) {
 }
 
 void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<Identity>& identities,
-                        int sockets_per_peer) {
+                        const Options& options) {
+  const int sockets_per_peer = options.sockets_per_peer;
   const bool one_kernel = std::all_of(identities.begin(), identities.end(), [&](const Identity& identity) {
     return identity.boot_id == identities[0].boot_id && identity.network_space == identities[0].network_space;
   });
@@ -103,8 +104,10 @@ void exchange_addresses(Rendezvous& rendezvous, Links& links, const std::vector<
     data[slot] = {theirs.host, theirs.data_port};
     links.message_endpoints[slot].tcp = {theirs.host, theirs.message_port};
   }
-  links.mesh = std::make_unique<Mesh>(links.topology, *links.faults, links.credentials, links.strangers,
-                                      std::move(data), std::move(data_listener), sockets_per_peer);
+  links.mesh =
+      std::make_unique<Mesh>(links.topology, *links.faults, links.credentials, links.strangers,
+                             std::move(data), std::move(data_listener), sockets_per_peer,
+                             options.make_carrier ? options.make_carrier(CarrierUse::kCollectives) : nullptr);
 }
 
 // The ranks of other hosts that this rank keeps a control connection to. The k-th ranks of two hosts pair up,
@@ -188,7 +191,7 @@ std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& option
   index_hosts(topology);
   share_memory(*links, shared);
   if (topology.num_hosts() > 1) {
-    exchange_addresses(rendezvous, *links, identities, options.sockets_per_peer);
+    exchange_addresses(rendezvous, *links, identities, options);
   }
   std::map<int, Socket> controls = open_controls(*links, rendezvous, liveness, deadline);
   std::vector<int> listeners{links->message_unix_listener.get()};

@@ -23,6 +23,7 @@ bool Messenger::end_source(Links& links, Source& source, const std::string& why)
   const std::exception_ptr error = peer_failed(links, source.peer, why);
   if (source.message != nullptr) mailbox_.break_off(source.message, error);
   for (const auto& [id, message] : source.offers) mailbox_.break_off(message, error);
+  end_carried(source, error);
   return false;
 }
 
@@ -37,8 +38,11 @@ bool Messenger::break_source(Source& source, std::string why) {
 
 // The watch thread's verdict, when there is one, ends everything: see run().
 bool Messenger::judge_source(Links& links, Source& source) {
+  if (!source.waiting()) return false;  // what was under way came to its end
+  const bool early = Clock::now() - source.failed_at < kGrace;
+  if (source.num_carried != 0 && early) return true;  // its payload does not come by the connection
   if (links.faults->has_left(source.peer)) return end_source(links, source, "left the group");
-  if (Clock::now() - source.failed_at < kGrace) return true;
+  if (early) return true;
   return end_source(links, source, source.failure);
 }
 
@@ -69,8 +73,11 @@ bool Messenger::pull(Links& links, Source& source) {
         return end_source(links, source, "it sent an invalid message header");
       }
     }
-    if (source.message != nullptr && source.message->received == source.message->bytes)
+    if (source.message != nullptr && source.message->received == source.message->bytes) {
       source.message = nullptr;
+    } else if (source.message != nullptr && carries(links, source.peer)) {
+      carry_in(source, std::exchange(source.message, nullptr));
+    }
   }
   return true;
 }

@@ -117,6 +117,10 @@ void Messenger::run() noexcept {
     if (links.message_tcp_listener) {
       acceptors_.emplace_back(std::move(links.message_tcp_listener), links.credentials, links.strangers);
     }
+    if (options_.make_carrier && links.topology.num_hosts() > 1) {
+      const std::lock_guard lock(*mutex_);
+      carrier_ = options_.make_carrier(CarrierUse::kMessages);
+    }
     for (;;) {
       std::vector<pollfd> waiting = polls(links);
       if (::poll(waiting.data(), waiting.size(), patience_ms()) < 0 && errno != EINTR)
@@ -163,7 +167,8 @@ int Messenger::patience_ms() const {
   if (any(sources_, [](const Source& source) { return !source.fetching.empty(); })) return 0;
   const bool doubts = any(sources_, [](const Source& source) { return !source.failure.empty(); }) ||
                       any(outbound_, [](const auto& entry) { return !entry.second.failure.empty(); });
-  return doubts ? kDoubtMs : kTickMs;
+  const int patience = doubts ? kDoubtMs : kTickMs;
+  return carried_.empty() ? patience : std::min(patience, carrier_->longest_sleep_ms());
 }
 
 void Messenger::serve(Links& links) {
@@ -172,7 +177,7 @@ void Messenger::serve(Links& links) {
     for (Acceptor::Peer& peer : acceptor.progress()) {
       if (peer.purpose == Purpose::kPointToPoint)
         sources_.push_back(
-            {peer.rank, ++num_connections_, Socket(std::move(peer.fd)), {}, {}, {}, {}, {}, {}, {}});
+            {peer.rank, ++num_connections_, Socket(std::move(peer.fd)), {}, {}, {}, {}, {}, {}, {}, {}});
     }
   }
   for (auto& [destination, outbound] : outbound_) {
@@ -189,6 +194,7 @@ void Messenger::serve(Links& links) {
     }
   }
   answer_claims();
+  if (carrier_ != nullptr) move_carried(links);
   end_hopeless(links);
 }
 
@@ -226,6 +232,7 @@ void Messenger::end_everything(std::exception_ptr error) {
     const std::lock_guard lock(*mutex_);
     if (!broken_) broken_ = error;
     for (auto& [destination, outbound] : outbound_) {
+      end_carried(destination, outbound, error);
       for (auto& job : outbound.queue) {
         if (job.state != nullptr) ended_.push_back({job.state, -1, error});
       }
@@ -234,6 +241,7 @@ void Messenger::end_everything(std::exception_ptr error) {
       outbound.offered.clear();
     }
     for (Source& source : sources_) {
+      end_carried(source, error);
       if (source.message != nullptr) mailbox_.break_off(source.message, error);
       for (auto& [id, message] : source.offers) mailbox_.break_off(message, error);
       source.message = nullptr;
@@ -241,6 +249,7 @@ void Messenger::end_everything(std::exception_ptr error) {
       source.fetching.clear();
     }
     mailbox_.end_all(error);
+    if (carrier_ != nullptr) carrier_->close();
   }
   flush_ended();
 }

@@ -6,6 +6,9 @@
 // has taken it. A large one is announced, and moves when a receive has been posted for it: inside a host the
 // receiver copies it out of the sender's arena or process, between hosts it follows on the connection. Its
 // send is complete when the receiver has it.
+//
+// Where the binding brought a carrier along, it moves the payload between hosts, and the connections only say
+// what is coming, in the order in which it comes.
 #pragma once
 
 #include <poll.h>
@@ -41,6 +44,7 @@ class Messenger {
 
   uint64_t tcp_bytes_sent() const { return tcp_sent_.load(std::memory_order_relaxed); }
   uint64_t tcp_bytes_received() const { return tcp_received_.load(std::memory_order_relaxed); }
+  void count_carried(Counters* counters) const;
   uint64_t local_bytes_received() const { return local_received_.load(std::memory_order_relaxed); }
 
  private:
@@ -64,7 +68,11 @@ class Messenger {
     std::vector<uint8_t> reply;
     std::string failure;
     std::chrono::steady_clock::time_point failed_at;
-    bool waiting() const { return !queue.empty() || !offered.empty(); }
+    // Payloads go by the carrier. A broken connection is then not made anew: nobody knows how many of those
+    // that it announced have been carried.
+    bool carried = false;
+    size_t num_carried = 0;  // under way
+    bool waiting() const { return !queue.empty() || !offered.empty() || num_carried != 0; }
   };
   // Messages from one source.
   struct Source {
@@ -78,7 +86,16 @@ class Messenger {
     std::vector<uint8_t> replies;
     std::string failure;  // why the connection ended with messages under way
     std::chrono::steady_clock::time_point failed_at;
-    bool waiting() const { return message != nullptr || !offers.empty(); }
+    size_t num_carried = 0;  // payloads on their way by the carrier
+    bool waiting() const { return message != nullptr || !offers.empty() || num_carried != 0; }
+  };
+  // A payload in the carrier's hands, under the carrier's number for it.
+  struct Carried {
+    int peer;
+    std::shared_ptr<MessageState> lent;  // whose memory it is, if anybody's
+    size_t pieces_left;
+    std::shared_ptr<Inbound> incoming = nullptr;  // null when sending
+    uint64_t connection = 0;                      // that announced it
   };
 
   std::shared_ptr<Request> enqueue(std::shared_ptr<MessageState> state);
@@ -87,6 +104,14 @@ class Messenger {
   std::vector<pollfd> polls(Links& links) const;
   // How long the progress thread may sleep.
   int patience_ms() const;
+  // carried.cpp
+  bool carries(Links& links, int peer) const { return carrier_ != nullptr && !links.topology.is_local(peer); }
+  void carry_out(int destination, Outbound& outbound, const std::shared_ptr<MessageState>& state);
+  void carry_in(Source& source, const std::shared_ptr<Inbound>& message);
+  void move_carried(Links& links);
+  void end_carried(Source& source, const std::exception_ptr& error);
+  void end_carried(int destination, Outbound& outbound, const std::exception_ptr& error);
+
   // outbound.cpp
   bool call(Links& links, int destination, Outbound& outbound);
   void break_outbound(Outbound& outbound, std::string why);
@@ -126,7 +151,11 @@ class Messenger {
   std::vector<Source> sources_;
   uint64_t num_connections_ = 0;
   Mailbox mailbox_;
-  std::vector<Ended> ended_;  // sends; the mailbox has its own
+  std::vector<Ended> ended_;          // sends; the mailbox has its own
+  std::shared_ptr<Carrier> carrier_;  // null: the connections carry it
+  std::map<uint32_t, Carried> carried_;
+  uint32_t num_carried_ = 0;
+  std::vector<uint32_t> completed_;  // scratch of move_carried()
   std::exception_ptr broken_;
   std::vector<Acceptor> acceptors_;  // used by the progress thread only
   std::atomic<uint64_t> tcp_sent_{0}, tcp_received_{0}, local_received_{0};

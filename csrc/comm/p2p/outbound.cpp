@@ -58,8 +58,8 @@ bool Messenger::call(Links& links, int destination, Outbound& outbound) {
       if (!again) break_outbound(outbound, why);
     }
   }
-  if (!outbound.failure.empty() &&
-      (Clock::now() - outbound.failed_at > kGrace || links.faults->has_left(destination))) {
+  if (!outbound.failure.empty() && (Clock::now() - outbound.failed_at > kGrace ||
+                                    (links.faults->has_left(destination) && outbound.num_carried == 0))) {
     const std::string cause =
         links.faults->has_left(destination) ? "left the group" : "unreachable: " + outbound.failure;
     const std::exception_ptr error = peer_failed(links, destination, cause);
@@ -69,17 +69,19 @@ bool Messenger::call(Links& links, int destination, Outbound& outbound) {
     for (auto& [id, state] : outbound.offered) ended_.push_back({state, -1, error});
     outbound.queue.clear();
     outbound.offered.clear();
-    outbound.failure.clear();
+    end_carried(destination, outbound, error);
+    if (!outbound.carried) outbound.failure.clear();
   }
   return false;
 }
 
 void Messenger::push(Links& links, int destination, Outbound& outbound) {
   const bool remote = !links.topology.is_local(destination);
+  outbound.carried = carries(links, destination);
   while (!outbound.queue.empty()) {
     Job& job = outbound.queue.front();
     const auto header = encode(job.header);
-    const size_t payload_bytes = job.with_payload() ? job.state->bytes : 0;
+    const size_t payload_bytes = job.with_payload() && !outbound.carried ? job.state->bytes : 0;
     iovec parts[2];
     size_t num_parts = 0;
     const size_t payload = outbound.moved < header.size() ? 0 : outbound.moved - header.size();
@@ -98,7 +100,9 @@ void Messenger::push(Links& links, int destination, Outbound& outbound) {
     }
     outbound.moved += static_cast<size_t>(sent);
     if (outbound.moved < header.size() + payload_bytes) continue;
-    if (job.with_payload()) {
+    if (job.with_payload() && outbound.carried && job.state->bytes != 0) {
+      carry_out(destination, outbound, job.state);
+    } else if (job.with_payload()) {
       if (remote) tcp_sent_.fetch_add(payload_bytes, std::memory_order_relaxed);
       ended_.push_back({job.state, options_.rank, nullptr});
     }

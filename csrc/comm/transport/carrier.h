@@ -15,7 +15,7 @@ namespace mlsys::comm {
 struct Piece {
   int peer = -1;
   int lane = 0;
-  std::byte* data = nullptr;  // only read when sending
+  std::byte* data = nullptr;  // only read when sending; null in a receive drops what comes
   size_t bytes = 0;
   uint32_t message = 0;  // what reports completion: see Mesh
 };
@@ -42,9 +42,13 @@ class Carrier {
   virtual int longest_sleep_ms() const = 0;
   // The ranks that something still has to come from or go to.
   virtual std::vector<int> awaited() const = 0;
-  // Gives up everything that is queued. Memory of pieces may be freed afterwards.
+  // Gives up what is queued from (`incoming`) or to `peer`, which is gone: it is not reported, and its memory
+  // may be freed.
+  virtual void abandon(int peer, bool incoming) = 0;
+  // The same for everything.
   virtual void close() = 0;
 
+  virtual const char* name() const = 0;  // for messages: "TCP"
   virtual uint64_t bytes_sent() const = 0;
   virtual uint64_t bytes_received() const = 0;
 };

@@ -19,14 +19,16 @@ constexpr std::chrono::milliseconds kBetweenCalls{50};
 }  // namespace
 
 Mesh::Mesh(const Topology& topology, const Faults& faults, const Credentials& credentials,
-           Strangers& strangers, std::vector<TcpAddress> addresses, UniqueFd listening, int sockets_per_peer)
+           Strangers& strangers, std::vector<TcpAddress> addresses, UniqueFd listening, int sockets_per_peer,
+           std::shared_ptr<Carrier> brought)
     : topology_(topology),
       faults_(faults),
       credentials_(credentials),
       addresses_(std::move(addresses)),
       acceptor_(std::in_place, std::move(listening), credentials, strangers),
       sockets_per_peer_(sockets_per_peer),
-      sockets_(sockets_per_peer) {}
+      sockets_(sockets_per_peer),
+      brought_(std::move(brought)) {}
 
 void Mesh::begin(const Descriptor& op, Clock::time_point deadline) {
   if (num_unfinished_ != 0) {
@@ -47,7 +49,8 @@ int Mesh::poll_timeout_ms(int at_most_ms) const {
 }
 
 bool Mesh::connected(int peer, Purpose purpose) const {
-  return purpose == Purpose::kControl ? control_.contains(peer) : sockets_.connected(peer);
+  if (purpose == Purpose::kControl) return control_.contains(peer);
+  return brought_ != nullptr || sockets_.connected(peer);
 }
 
 void Mesh::ensure(std::span<const int> peers, Purpose purpose, const std::function<bool(int)>& is_dead) {
@@ -77,7 +80,7 @@ void Mesh::ensure(std::span<const int> peers, Purpose purpose, const std::functi
         limit_ms = std::min(limit_ms, 10);
       }
     }
-    sockets_.append_polls(polls);
+    carrier_in_use().append_polls(polls);
     if (::poll(polls.data(), polls.size(), limit_ms) < 0 && errno != EINTR) throw_errno("poll");
     faults_.check();
     progress();  // the greeting: who called something else does not connect
@@ -162,19 +165,19 @@ Mesh::Message Mesh::post_pieces(Piece piece, size_t bytes, Post post) {
 Mesh::Message Mesh::post(const Outgoing& outgoing) {
   auto* data = const_cast<std::byte*>(static_cast<const std::byte*>(outgoing.data));
   return post_pieces({outgoing.peer, outgoing.lane, data}, outgoing.bytes,
-                     [this](const Piece& piece) { sockets_.post_send(piece); });
+                     [this](const Piece& piece) { carrier_in_use().post_send(piece); });
 }
 
 Mesh::Message Mesh::post(const Incoming& incoming) {
   return post_pieces({incoming.peer, incoming.lane, static_cast<std::byte*>(incoming.data)}, incoming.bytes,
-                     [this](const Piece& piece) { sockets_.post_receive(piece); });
+                     [this](const Piece& piece) { carrier_in_use().post_receive(piece); });
 }
 
 bool Mesh::progress() {
   completed_.clear();
   bool moved = false;
   try {
-    moved = sockets_.progress(completed_);
+    moved = carrier_in_use().progress(completed_);
   } catch (const Unreachable& lost) {
     faults_.lost(lost.peer, lost.cause, op_);
   }
@@ -199,19 +202,21 @@ bool Mesh::step(int at_most_ms) {
 
 void Mesh::wait(int at_most_ms) {
   std::vector<pollfd> polls{{faults_.abort_fd(), POLLIN, 0}};
-  sockets_.append_polls(polls);
+  carrier_in_use().append_polls(polls);
   const size_t num_data = polls.size();
   acceptor_->append_polls(polls);
-  const int at_most = std::min(at_most_ms, sockets_.longest_sleep_ms());
+  const int at_most = std::min(at_most_ms, carrier_in_use().longest_sleep_ms());
   if (::poll(polls.data(), polls.size(), poll_timeout_ms(at_most)) < 0 && errno != EINTR) throw_errno("poll");
   const auto acted = [](const pollfd& p) { return p.revents != 0; };
-  const auto data = polls.begin() + 1, strangers = polls.begin() + static_cast<ptrdiff_t>(num_data);
+  const auto first = polls.begin() + 1, strangers = polls.begin() + static_cast<ptrdiff_t>(num_data);
   // What has come is taken first: a failure of the next operation must not end this one, if it can finish.
-  if (std::none_of(data, strangers, acted)) faults_.check();
+  // A carrier without descriptors is asked once more, since it could not end the sleep.
+  if (first == strangers && progress()) return;
+  if (std::none_of(first, strangers, acted)) faults_.check();
   if (std::any_of(strangers, polls.end(), acted)) serve_acceptor();
   // Who knocks at the door does not put off the deadline.
   if (std::none_of(polls.begin(), strangers, acted) && Clock::now() >= deadline_)
-    faults_.give_up(sockets_.awaited(), op_);
+    faults_.give_up(carrier_in_use().awaited(), op_);
 }
 
 void Mesh::finish() {
@@ -248,7 +253,7 @@ void Mesh::check_greeting() {
 
 void Mesh::close() {
   acceptor_.reset();
-  sockets_.close();
+  carrier_in_use().close();
   control_.clear();
 }
 

@@ -1,5 +1,6 @@
 // The connections of one rank to ranks of other hosts, opened when an operation first needs them, and the
-// messages of the operation under way.
+// messages of the operation under way. Where the binding brought a carrier along, the data is its business,
+// and the connections here are for control alone.
 //
 // Of two ranks the higher one calls and the lower one accepts. Everybody who waits in here also serves the
 // acceptor, so that two ranks opening connections in different orders cannot block each other; every
@@ -46,7 +47,8 @@ class Mesh {
   static constexpr size_t kPieceBytes = 512 << 10;
 
   Mesh(const Topology& topology, const Faults& faults, const Credentials& credentials, Strangers& strangers,
-       std::vector<TcpAddress> addresses, UniqueFd listening, int sockets_per_peer);
+       std::vector<TcpAddress> addresses, UniqueFd listening, int sockets_per_peer,
+       std::shared_ptr<Carrier> brought);
 
   // Names the operation in errors and sets the deadline of all waits until the next begin().
   void begin(const Descriptor& op, Clock::time_point deadline);
@@ -80,8 +82,11 @@ class Mesh {
   void close();
 
   int sockets_per_peer() const { return sockets_per_peer_; }
-  uint64_t bytes_sent() const { return sockets_.bytes_sent(); }
-  uint64_t bytes_received() const { return sockets_.bytes_received(); }
+  const Carrier& carrier() const {
+    if (brought_ != nullptr) return *brought_;
+    return sockets_;
+  }
+  bool brings_carrier() const { return brought_ != nullptr; }
 
  private:
   static constexpr int kLongestSleepMs = 200;
@@ -105,6 +110,7 @@ class Mesh {
   void serve_acceptor();
   template <class Post>
   Message post_pieces(Piece piece, size_t bytes, Post post);
+  Carrier& carrier_in_use() { return const_cast<Carrier&>(carrier()); }
   void wait(int at_most_ms);
   void check_greeting();
   int poll_timeout_ms(int at_most_ms) const;
@@ -116,6 +122,7 @@ class Mesh {
   std::optional<Acceptor> acceptor_;  // empty once closed
   int sockets_per_peer_;
   SocketCarrier sockets_;
+  std::shared_ptr<Carrier> brought_;  // null: sockets_ it is
   std::map<int, Socket> control_;
   Descriptor op_;
   Clock::time_point deadline_;

@@ -103,6 +103,10 @@ std::vector<int> SocketCarrier::awaited() const {
   return ranks;
 }
 
-void SocketCarrier::close() { peers_.clear(); }
+void SocketCarrier::abandon(int peer, bool incoming) {
+  const auto entry = peers_.find(peer);
+  if (entry == peers_.end()) return;
+  for (Lane& lane : entry->second.lanes) (incoming ? lane.in : lane.out).clear();
+}
 
 }  // namespace mlsys::comm

@@ -25,8 +25,10 @@ class SocketCarrier final : public Carrier {
   void append_polls(std::vector<pollfd>& polls) const override;
   int longest_sleep_ms() const override { return 200; }
   std::vector<int> awaited() const override;
-  void close() override;
+  void abandon(int peer, bool incoming) override;
+  void close() override { peers_.clear(); }
 
+  const char* name() const override { return "TCP"; }
   uint64_t bytes_sent() const override { return bytes_sent_.load(std::memory_order_relaxed); }
   uint64_t bytes_received() const override { return bytes_received_.load(std::memory_order_relaxed); }
 

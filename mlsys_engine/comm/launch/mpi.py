@@ -1,7 +1,8 @@
 """Meets the other ranks through mpi4py, when mpirun started them and no MASTER_ADDR says where.
 
 MPI is loaded and initialised here and nowhere else, at mpi4py's own thread level (multiple), and finalised by
-mpi4py at the interpreter's exit. It carries one small broadcast; gradients never go through it.
+mpi4py at the interpreter's exit. It carries one small broadcast, and with MLSYS_TRANSPORT=mpi what travels
+between hosts (comm/transport.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from mlsys_engine.errors import LaunchError
 
 def load_mpi(placement: Placement) -> Any:
     """The initialised `mpi4py.MPI`, checked to be one world with what the launcher says."""
-    _import_mpi4py()
+    mpi = import_mpi(
+        "Without MASTER_ADDR and MASTER_PORT the ranks meet through mpi4py.",
+        "export MASTER_ADDR and MASTER_PORT on every rank",
+    )
+    check_world(mpi, placement)
+    return mpi
+
+
+def import_mpi(purpose: str, way_out: str) -> Any:
+    """The initialised `mpi4py.MPI`; `purpose` and `way_out` complete the refusal when it is not installed."""
+    _import_mpi4py(purpose, way_out)
     try:
         mpi = _import_library()
     except RuntimeError as error:
@@ -33,7 +44,6 @@ def load_mpi(placement: Placement) -> Any:
             mpi = _import_library()
         except RuntimeError as again:
             raise _no_library(again) from again
-    check_world(mpi, placement)
     return mpi
 
 
@@ -43,13 +53,23 @@ def check_world(mpi: Any, placement: Placement) -> None:
     if (world.Get_rank(), world.Get_size()) == (placement.rank, placement.world_size):
         return
     family = FAMILIES[placement.launcher]
+    raise of_another_world(
+        mpi,
+        f"{family.rank}={placement.rank} of {family.world_size}={placement.world_size}",
+        f"The process was started by {family.started_by}, and",
+        "set MASTER_ADDR and MASTER_PORT, and MPI is not used at all",
+    )
+
+
+def of_another_world(mpi: Any, given: str, expected: str, way_out: str) -> LaunchError:
+    """The refusal of a library that is not the launcher's: `given` says what the job is."""
+    world = mpi.COMM_WORLD
     library = " ".join(mpi.Get_library_version().split()[:3]).rstrip(",")
-    raise SharedLaunchError(
-        f"{family.rank}={placement.rank} of {family.world_size}={placement.world_size}, "
-        f"but MPI.COMM_WORLD is rank {world.Get_rank()} of {world.Get_size()} (library: {library}).",
-        f"The process was started by {family.started_by}, and mpi4py must load the library of the same MPI.",
+    return SharedLaunchError(
+        f"{given}, but MPI.COMM_WORLD is rank {world.Get_rank()} of {world.Get_size()} (library: {library}).",
+        f"{expected} mpi4py must load the library of the same MPI.",
         "Use the mpirun that belongs to the library, or set MPI4PY_LIBMPI to the libmpi.so of this mpirun, "
-        "or set MASTER_ADDR and MASTER_PORT, and MPI is not used at all.",
+        f"or {way_out}.",
     )
 
 
@@ -88,14 +108,14 @@ def library_of_launcher(parent: int | None = None) -> Path | None:
     return None
 
 
-def _import_mpi4py() -> None:
+def _import_mpi4py(purpose: str, way_out: str) -> None:
     try:
         importlib.import_module("mpi4py")
     except ImportError as error:
         raise LaunchError(
             "mpirun started this process, but mpi4py is not installed.",
-            "Without MASTER_ADDR and MASTER_PORT the ranks meet through mpi4py.",
-            'Type: pip install "mpi4py>=4.1"   (or export MASTER_ADDR and MASTER_PORT on every rank)',
+            purpose,
+            f'Type: pip install "mpi4py>=4.1"   (or {way_out})',
         ) from error
 
 
