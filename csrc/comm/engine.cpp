@@ -143,6 +143,7 @@ Context Engine::begin(Descriptor call, Timeout timeout, std::span<const std::byt
   const auto deadline = Clock::now() + (timeout.count() == 0 ? options_.timeout : timeout);
   l.team->publish_payload(call, payload);
   l.team->arrive(call, deadline);
+  const OperationGuard guard(*l.faults, l.team->mine(), options_.rank);
   if (l.mesh != nullptr) {
     l.mesh->begin(call, deadline);
     const std::vector<int> neighbours = ring_neighbours(l.topology);
@@ -151,7 +152,7 @@ Context Engine::begin(Descriptor call, Timeout timeout, std::span<const std::byt
     l.mesh->ensure(tcp_peers(l.topology, call));
   }
   l.team->await_arrival();
-  return {l.topology, *l.faults, *l.team, l.mesh.get(), live_};
+  return {l.topology, *l.faults, *l.team, l.mesh.get(), live_, {*l.faults, l.team->mine(), options_.rank}};
 }
 
 std::shared_ptr<Request> Engine::send(const void* data, size_t bytes, int destination, uint64_t tag) {

@@ -155,6 +155,32 @@ TEST(a_rank_that_poisons_before_the_first_operation_stops_the_others) {
   }
 }
 
+TEST(an_exception_in_the_middle_of_an_operation_fails_the_group_on_behalf_of_its_rank) {
+  ranks::run({.size = 3}, [](Rank& r) {
+    constexpr size_t kCount = 30000;
+    const auto data = std::static_pointer_cast<float>(r.comm->allocate(kCount * sizeof(float)));
+    const std::vector<size_t> thirds{0, 10000, 20000, 30000};
+    const auto on_tile = [&](const void*, size_t, size_t) {
+      if (r.rank == 1) throw std::runtime_error("no room");
+    };
+    const auto reduce = [&] { r.comm->reduce_shard(data.get(), kCount, kSum, thirds, on_tile, kDefault); };
+    if (r.rank == 1) {
+      try {
+        reduce();
+        check::fail(__FILE__, __LINE__, "no exception");
+      } catch (const std::runtime_error& error) {
+        CHECK_EQUAL(std::string(error.what()), std::string("no room"));  // its own, not the group's
+      }
+    }
+    const char* cause = "an exception ended its operation";
+    expect_failure_of(1, cause, [&] {
+      if (r.rank != 1) reduce();
+      all_reduce_once(r);
+    });
+    expect_failure_of(1, cause, [&] { r.comm->barrier(kDefault); });
+  });
+}
+
 TEST(a_rank_that_left_in_good_order_is_a_failure_only_for_who_waits_for_it) {
   for (const ranks::Job& job : groups()) {
     ranks::run(job, [&](Rank& r) {

@@ -2,6 +2,9 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <thread>
+
 #include "check.h"
 #include "ranks.h"
 
@@ -82,6 +85,38 @@ TEST(a_stopped_rank_is_named_and_finds_itself_out_of_the_group_when_it_goes_on) 
       if (r.rank == 0) CHECK_EQUAL(::kill(stopped, SIGCONT), 0);
     });
   }
+}
+
+TEST(after_a_stop_in_the_middle_of_a_message_between_hosts_every_later_call_says_the_same) {
+  ranks::run({.size = 2, .locality = {0, 1}}, [](Rank& r) {
+    all_reduce(r, kDefault);
+    std::vector<float> large(size_t{32} << 20, 1.0F);
+    if (r.rank == 1) {
+      ranks::post(r, "pid", std::to_string(::getpid()));
+      expect_text(timeout_of([&] { r.comm->all_reduce(large.data(), large.size(), kSum, kDefault); }),
+                  "this rank is out of the group");
+      return;
+    }
+    const pid_t other = std::stoi(ranks::await_post(r, "pid"));
+    std::atomic<bool> over{false};
+    std::thread stopper([&] {
+      while (!over && r.comm->counters().tcp_bytes_received < size_t{1} << 20) std::this_thread::yield();
+      ::kill(other, SIGSTOP);
+    });
+    const std::string first = timeout_of(
+        [&] { r.comm->all_reduce(large.data(), large.size(), kSum, std::chrono::milliseconds(500)); });
+    over = true;
+    stopper.join();
+    const std::string second = timeout_of([&] { all_reduce(r, kDefault); });
+    const std::string third = timeout_of([&] { r.comm->barrier(kDefault); });
+    CHECK_EQUAL(::kill(other, SIGCONT), 0);
+    expect_text(first, "timed out in all_reduce number 2");
+    expect_text(first, "waiting for rank 1. No answer: rank 1.");
+    const size_t received = r.comm->counters().tcp_bytes_received;
+    CHECK(received >= size_t{1} << 20 && received < large.size() * sizeof(float));
+    CHECK_EQUAL(second, first);
+    CHECK_EQUAL(third, first);
+  });
 }
 
 TEST(a_late_message_tells_of_a_stopped_rank) {

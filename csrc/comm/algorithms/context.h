@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "comm/bringup/links.h"
+#include "comm/fault/operation_guard.h"
 #include "comm/reduce/reducer.h"
 
 namespace mlsys::comm {
@@ -27,6 +28,7 @@ struct Context {
   LocalTeam& team;
   Mesh* mesh;  // null when all ranks share this host
   LiveCounters& counters;
+  OperationGuard guard;
 };
 
 inline const std::byte* at(const void* base, size_t bytes) {

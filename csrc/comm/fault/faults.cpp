@@ -155,6 +155,11 @@ void Faults::give_up_message(int peer, const std::string& what) const {
   throw_poison();
 }
 
+void Faults::abandon(int rank, const Descriptor& op) const {
+  if (closing_.load(std::memory_order_acquire)) return;
+  poison_peer(rank, "an exception ended its operation", op);
+}
+
 void Faults::attach(Inquiry inquiry) const {
   const std::lock_guard lock(inquiry_mutex_);
   inquiry_ = std::move(inquiry);

@@ -73,6 +73,10 @@ class Faults {
   // The watch thread's side of both; null takes it away.
   void attach(Inquiry inquiry) const;
 
+  // An exception ended `op` on group rank `rank`, which is this one. Does nothing when that was the group's
+  // failure, or this rank is shutting down.
+  void abandon(int rank, const Descriptor& op) const;
+
   bool has_left(int rank) const { return presence(rank) == kLeft; }
   Presence presence(int rank) const {
     return static_cast<Presence>(block_.presence(rank).load(std::memory_order_acquire));

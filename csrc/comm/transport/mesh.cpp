@@ -31,11 +31,9 @@ Mesh::Mesh(const Topology& topology, const Faults& faults, const Credentials& cr
       brought_(std::move(brought)) {}
 
 void Mesh::begin(const Descriptor& op, Clock::time_point deadline) {
-  if (num_unfinished_ != 0) {
-    throw std::runtime_error("rank " + std::to_string(topology_.global(topology_.rank)) + " called " +
-                             describe(op) + " after " + describe(op_) +
-                             " had failed with messages under way. A group that failed cannot go on: destroy "
-                             "it and create a new one.");
+  if (num_unfinished_ !=
+      0) {  // our own mistake: an operation ends with all of it moved, or the group has failed
+    throw std::logic_error(describe(op) + " began before the messages of " + describe(op_) + " had moved");
   }
   op_ = op;
   deadline_ = deadline;
