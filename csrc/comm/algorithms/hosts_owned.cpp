@@ -5,11 +5,14 @@
 #include <utility>
 
 #include "comm/algorithms/hosts.h"
+#include "comm/algorithms/hosts_plan.h"
 
 namespace mlsys::comm {
 namespace {
 
 constexpr size_t kAlignment = 64;  // of boxes in the scratch area
+// Of what one rank sends of a message: less is not worth a message of its own.
+constexpr size_t kLeastShare = 4096;
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -25,7 +28,8 @@ class OwnerExchange {
         reduction_(reduction),
         slices_(reduction.slices),
         hosts_(static_cast<size_t>(context.topology.num_hosts())),
-        me_(static_cast<size_t>(context.topology.my_host())) {
+        me_(static_cast<size_t>(context.topology.my_host())),
+        rings_(rings_of_all(context.topology)) {
     for (const OwnedSlice& slice : slices_) longest_ = std::max(longest_, slice.count);
     choose_tile();
     place_boxes();
@@ -53,14 +57,14 @@ class OwnerExchange {
         if (!is_mine(s)) contribute(s);
       }
       team_.barrier();
-      if (topology_.is_leader()) exchange_messages();
+      exchange_messages();
       team_.barrier();
       for (size_t s = 0; s < slices_.size(); ++s) {
         if (is_mine(s)) combine(s);
       }
       if (!reduction_.shares_results) continue;
       team_.barrier();
-      if (topology_.is_leader()) exchange_results();
+      exchange_results();
       team_.barrier();
       for (size_t s = 0; s < slices_.size(); ++s) deliver(s);
     }
@@ -167,39 +171,65 @@ class OwnerExchange {
     context_.counters.add_shm(protocol_.result_bytes(tile.count));
   }
 
+  // Bytes that go from one host to another, of which each ring carries its part: every rank is on the wire.
+  class Parcels {
+   public:
+    explicit Parcels(const Rings& rings) : rings_(rings) {}
+
+    void send(int to, const std::byte* data, size_t size) {
+      each(to, size, [&](int peer, Range part) { sends_.push_back({peer, data + part.first, part.count}); });
+    }
+    void receive(int from, std::byte* data, size_t size) {
+      each(from, size,
+           [&](int peer, Range part) { receives_.push_back({peer, data + part.first, part.count}); });
+    }
+    void transfer(Mesh& mesh) const { mesh.transfer(sends_, receives_); }
+
+   private:
+    template <class Visit>
+    void each(int host, size_t size, Visit visit) const {
+      for (const size_t ring : rings_.mine) {
+        const Range part = part_of(size, ring, rings_.size(), kLeastShare);
+        if (part.count != 0) visit(rings_.members[ring][static_cast<size_t>(host)], part);
+      }
+    }
+
+    const Rings& rings_;
+    std::vector<Outgoing> sends_;
+    std::vector<Incoming> receives_;
+  };
+
   void exchange_messages() const {
-    std::vector<Outgoing> sends;
-    std::vector<Incoming> receives;
+    Parcels parcels(rings_);
     for (size_t s = 0; s < slices_.size(); ++s) {
       const size_t count = tile_of(s).count;
       if (!is_mine(s)) {
-        sends.push_back({topology_.leader_of(slices_[s].host), messages_[s][me_],
-                         protocol_.message_bytes(static_cast<int>(me_), count)});
+        parcels.send(slices_[s].host, messages_[s][me_],
+                     protocol_.message_bytes(static_cast<int>(me_), count));
         continue;
       }
       for (size_t host = 0; host < hosts_; ++host) {
         if (host == me_) continue;
-        receives.push_back({topology_.leader_of(static_cast<int>(host)), messages_[s][host],
-                            protocol_.message_bytes(static_cast<int>(host), count)});
+        parcels.receive(static_cast<int>(host), messages_[s][host],
+                        protocol_.message_bytes(static_cast<int>(host), count));
       }
     }
-    context_.mesh->transfer(sends, receives);
+    parcels.transfer(*context_.mesh);
   }
 
   void exchange_results() const {
-    std::vector<Outgoing> sends;
-    std::vector<Incoming> receives;
+    Parcels parcels(rings_);
     for (size_t s = 0; s < slices_.size(); ++s) {
       const size_t size = protocol_.result_bytes(tile_of(s).count);
       if (!is_mine(s)) {
-        receives.push_back({topology_.leader_of(slices_[s].host), results_[s], size});
+        parcels.receive(slices_[s].host, results_[s], size);
         continue;
       }
       for (size_t host = 0; host < hosts_; ++host) {
-        if (host != me_) sends.push_back({topology_.leader_of(static_cast<int>(host)), results_[s], size});
+        if (host != me_) parcels.send(static_cast<int>(host), results_[s], size);
       }
     }
-    context_.mesh->transfer(sends, receives);
+    parcels.transfer(*context_.mesh);
   }
 
   Context& context_;
@@ -210,6 +240,7 @@ class OwnerExchange {
   const std::vector<OwnedSlice>& slices_;
   size_t hosts_;
   size_t me_;
+  Rings rings_;
   size_t longest_ = 0;
   size_t tile_ = 0;
   size_t first_ = 0;  // of the present tile, in elements of every slice

@@ -142,13 +142,9 @@ std::vector<int> tcp_peers(const Topology& topology, const Descriptor& call) {
     case OpKind::kAllReduceTree:
     case OpKind::kReduceScatterTree:
     case OpKind::kAllReduceBf16:
-    case OpKind::kAllReduceInt8: {
-      std::vector<int> leaders;
-      for (int host = 0; topology.is_leader() && host < topology.num_hosts(); ++host) {
-        if (host != topology.my_host()) leaders.push_back(topology.leader_of(host));
-      }
-      return leaders;
-    }
+    case OpKind::kAllReduceInt8:  // between owners of slices, each with every other one: hosts_owned.cpp
+      return peers_of(
+          {rings_of_all(topology), exchange_all_gather(topology.num_hosts(), topology.my_host())});
     case OpKind::kBarrier: {
       std::vector<int> partners;
       for (int distance = 1; topology.is_leader() && distance < topology.num_hosts(); distance *= 2) {
