@@ -23,6 +23,7 @@ from mlsys_engine.errors import LaunchError
 from mlsys_engine.native import load_comm
 
 _LOOK_S = 0.001
+_FAREWELL_S = 2.0
 # By one of these mpirun, or srun with an MPI plug-in, tells a process that it is a rank.
 _MARKS = (*(FAMILIES[name].world_size for name in MPI_LAUNCHERS), "PMI_RANK", "PMIX_RANK")
 
@@ -144,7 +145,18 @@ def _exchange(options: Any, mine: dict[str, Any]) -> dict[str, Any]:
         store.set(answer, json.dumps(conclude(members, list(options.global_ranks_in_group))))
     store.wait([answer], options.timeout)
     verdict: dict[str, Any] = json.loads(store.get(answer))
+    if "refusal" in verdict:
+        _say_goodbye(store, f"{answer}/read", options)
     return verdict
+
+
+def _say_goodbye(store: dist.Store, read: str, options: Any) -> None:
+    """Rank 0 may host the store: it ends with its refusal only when the others have read theirs."""
+    num_read = store.add(read, 1)
+    deadline = time.monotonic() + _FAREWELL_S
+    while options.group_rank == 0 and num_read < options.group_size and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        num_read = store.add(read, 0)
 
 
 def conclude(members: Sequence[Mapping[str, Any]], names: Sequence[int]) -> dict[str, Any]:

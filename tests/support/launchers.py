@@ -46,7 +46,9 @@ def mpi_prefix(flavour: str) -> Path:
     return folder
 
 
-def command_of(launcher: str, num_ranks: int, program: Sequence[str]) -> list[str]:
+def command_of(
+    launcher: str, num_ranks: int, program: Sequence[str], mpirun_options: Sequence[str] = ()
+) -> list[str]:
     """The command line that runs a Python program on so many ranks of this machine."""
     python = [sys.executable, *program]
     if launcher == "single":
@@ -58,7 +60,7 @@ def command_of(launcher: str, num_ranks: int, program: Sequence[str]) -> list[st
     if launcher == "torchrun":
         options = ["--standalone", "--nproc-per-node", str(num_ranks)]
         return [sys.executable, "-m", "torch.distributed.run", *options, *program]
-    options = ["--oversubscribe"] if launcher == "openmpi" else []
+    options = [*(["--oversubscribe"] if launcher == "openmpi" else []), *mpirun_options]
     return [str(mpi_prefix(launcher) / "bin" / "mpirun"), *options, "-n", str(num_ranks), *python]
 
 
@@ -78,10 +80,11 @@ def run_launched(
     program: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
+    mpirun_options: Sequence[str] = (),
     timeout_s: float = 300.0,
 ) -> Finished:
     """Runs `python *program` on `num_ranks` ranks under a launcher and waits for the job's end."""
-    command = command_of(launcher, num_ranks, program)
+    command = command_of(launcher, num_ranks, program, mpirun_options)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # Files, not pipes: a process that outlives its launcher must not keep this one waiting.
         job = subprocess.Popen(
