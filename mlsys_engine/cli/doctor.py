@@ -153,7 +153,7 @@ def _native_rows(native: dict[str, Any]) -> list[tuple[str, str]]:
         ("native", f"built {build['built']} for torch {build['torch']}, {cuda}"),
         ("extensions", "; ".join(broken) or f"{', '.join(native['extensions'])} loaded"),
         ("SIMD", f"{native['simd']} (lower it with MLSYS_SIMD)" if native["simd"] else "unknown"),
-        ("transports", "shared memory inside a host, TCP between hosts"),
+        ("transports", "shared memory inside a host, TCP between hosts (or MPI: MLSYS_TRANSPORT=mpi)"),
     ]
 
 
