@@ -6,10 +6,12 @@
 // number of tiles follows from the largest such piece of all, which everyone reads from the published
 // entries.
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "comm/algorithms/local.h"
 #include "comm/local/staging.h"
+#include "comm/reduce/streaming.h"
 
 namespace mlsys::comm {
 namespace {
@@ -37,7 +39,7 @@ void check_sizes(Context& context, std::span<const size_t> receive_bytes) {
 }
 
 void exchange_staged(LocalTeam& team, std::span<const void* const> inputs, std::span<void* const> outputs,
-                     size_t largest) {
+                     size_t largest, Copy copy) {
   const auto size = static_cast<size_t>(team.size());
   const auto me = static_cast<size_t>(team.index());
   const size_t lane = Ring::kSlotBytes / (size - 1) / 64 * 64;
@@ -60,7 +62,7 @@ void exchange_staged(LocalTeam& team, std::span<const void* const> inputs, std::
           const size_t n = length(from, me, k);
           if (n == 0) continue;
           const std::byte* slot = Ring::slot(team, static_cast<int>(from), k);
-          copy_bytes(at(outputs[from], k * lane), slot + lane_of(from, me), n);
+          copy(at(outputs[from], k * lane), slot + lane_of(from, me), n);
         }
       });
 }
@@ -72,6 +74,7 @@ void local_exchange(Context& context, std::span<const void* const> inputs, std::
   LocalTeam& team = context.team;
   const int me = team.index();
   check_sizes(context, receive_bytes);
+  const Copy copy = copy_for_result(std::accumulate(receive_bytes.begin(), receive_bytes.end(), size_t{0}));
   size_t largest = 0;
   bool any_direct = false;
   for (int from = 0; from < team.size(); ++from) {
@@ -83,14 +86,14 @@ void local_exchange(Context& context, std::span<const void* const> inputs, std::
     }
   }
   const auto own = static_cast<size_t>(me);
-  copy_bytes(outputs[own], inputs[own], send_bytes[own]);
+  copy(outputs[own], inputs[own], send_bytes[own]);
   for (int from = 0; from < team.size(); ++from) {
     const ExchangeEntry entry = entry_of(team, from, me);
     if (from == me || entry.bytes == 0 || !is_direct(entry)) continue;
-    copy_bytes(outputs[static_cast<size_t>(from)], team.published(from, entry.arena_offset, entry.bytes),
-               entry.bytes);
+    copy(outputs[static_cast<size_t>(from)], team.published(from, entry.arena_offset, entry.bytes),
+         entry.bytes);
   }
-  if (largest != 0) exchange_staged(team, inputs, outputs, largest);
+  if (largest != 0) exchange_staged(team, inputs, outputs, largest, copy);
   if (!any_direct) return;
   team.barrier();
   context.counters.add_zero_copy();

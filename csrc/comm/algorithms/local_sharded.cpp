@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "comm/algorithms/local.h"
-#include "comm/local/stream_copy.h"
+#include "comm/reduce/streaming.h"
 
 namespace mlsys::comm {
 namespace {
@@ -80,11 +80,10 @@ void local_fused_step(Context& context, const Reducer& reducer, LocalBuffers gra
     }
     update(reduced, first, count);
     for (size_t other = 0; other < parameters.size(); ++other) {
-      if (other != me) stream_copy(parameters[other] + offset, parameters[me] + offset, count * element);
+      if (other != me) copy_streaming(parameters[other] + offset, parameters[me] + offset, count * element);
     }
     num_bytes += count * element;
   });
-  finish_streaming();
   context.team.barrier();
   context.counters.add_shm(num_bytes * (gradients.size() - 1 + parameters.size() - 1));
   context.counters.add_zero_copy();

@@ -12,8 +12,9 @@
 namespace mlsys::comm {
 namespace {
 
-constexpr size_t kBlock =
-    1024;  // elements: a level of the tree then takes at most 8 KiB, and a few fit the L1 cache
+// Elements of each source at a time. Longer runs are slower: all sources' runs and the partials have to stay
+// in the first-level cache until the result is written, also where buffers lie at the same offset in a page.
+constexpr size_t kBlock = 128;
 constexpr size_t kMostLevels = 20;
 
 bool is_floating(ElementType dtype) {

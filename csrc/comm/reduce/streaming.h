@@ -1,4 +1,5 @@
-// Copies that go past the caches, for memory that another core has read and will read again.
+// Copies that go past the caches: for memory that another core has read and will read again, and for results
+// larger than the caches.
 //
 // An ordinary store to a line that another core holds asks that core to give it up first, one line after the
 // other: on some machines (AMD EPYC, Zen 4) 27 ns each, a twentieth of what the reader needs. A streaming
@@ -13,5 +14,10 @@ namespace mlsys::comm {
 // memcpy by streaming stores where the CPU has them. What it wrote is visible to whoever sees a later store
 // of this thread. The ranges must not overlap; any alignment will do.
 void copy_streaming(void* target, const void* source, size_t bytes);
+
+// How to write the parts of a result of so many bytes. One that the caches will not hold is streamed: an
+// ordinary store would first read the line that it is about to overwrite, a third of the traffic.
+using Copy = void (*)(void* target, const void* source, size_t bytes);
+Copy copy_for_result(size_t result_bytes);
 
 }  // namespace mlsys::comm
