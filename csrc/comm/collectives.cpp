@@ -209,7 +209,18 @@ void Engine::barrier(Timeout timeout) {
   const std::lock_guard lock(running_);
   expect_open();
   if (options_.size == 1) return begin_alone();
-  Context context = begin(new_call(OpKind::kBarrier, 0, -1), timeout, {});
+  meet(OpKind::kBarrier, timeout);
+}
+
+// Ends with a meeting, so that nobody leaves, and takes the store along, while others still connect.
+void Engine::connect(Timeout timeout) {
+  const std::lock_guard lock(running_);
+  expect_open();
+  if (options_.size > 1) meet(OpKind::kConnecting, timeout);
+}
+
+void Engine::meet(OpKind kind, Timeout timeout) {
+  Context context = begin(new_call(kind, 0, -1), timeout, {});
   if (context.mesh == nullptr) return;
   hosts_barrier(context);
   end(context);

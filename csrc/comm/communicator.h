@@ -6,8 +6,9 @@
 // Contract. Ranks here are group ranks, 0 <= rank < size. Buffers are dense host memory. Collectives block
 // the calling thread and must be called in the same order on all ranks, by one thread at a time;
 // point-to-point calls return at once and may be made from any thread. Nothing connects, maps or starts a
-// thread before the first operation, so a process may fork a constructed but unused Communicator. Every wait
-// polls the poison flag and has a timeout. Errors are thrown as the exceptions below, with values.
+// thread before connect() or the first operation, so a process may fork a constructed but unused
+// Communicator. Every wait polls the poison flag and has a timeout. Errors are thrown as the exceptions
+// below, with values.
 #pragma once
 
 #include <chrono>
@@ -66,6 +67,8 @@ class Store {
   virtual std::vector<uint8_t> get(const std::string& key, std::chrono::milliseconds timeout) = 0;
 };
 
+class Communicator;
+
 struct Options {
   int rank = 0;
   int size = 1;
@@ -85,6 +88,9 @@ struct Options {
   std::function<std::shared_ptr<Carrier>(CarrierUse)> make_carrier;
   // Proves membership to the data sockets (HMAC or equal strength); the same on all ranks, from the launcher.
   std::string job_key;
+  // The connected group of all the job's ranks, when there is one: while this group connects, it is asked
+  // about members that die before they come.
+  std::weak_ptr<const Communicator> job;
   // Told in words what a user may want to read in the log (connections of strangers), from any thread, at
   // most every few seconds. May be null.
   std::function<void(const std::string&)> report;
@@ -136,11 +142,6 @@ class Request {
   virtual int source_rank() const = 0;
 };
 
-// What the maker of a group publishes in the store under "mlsys/<group_name>/presence/<rank>", through its
-// own connection (the Store given to create() is not used before the first operation), so that the death of a
-// rank is noticed also before it connects. Optional.
-std::vector<uint8_t> presence_of_this_process();
-
 class Communicator {
  public:
   static std::shared_ptr<Communicator> create(std::shared_ptr<Store> store, Options options);
@@ -183,6 +184,10 @@ class Communicator {
                           std::span<void* const> outputs, std::span<const size_t> recv_bytes,
                           Timeout timeout) = 0;
   virtual void barrier(Timeout timeout) = 0;
+  // Connects, which otherwise happens in the first operation; returns when all ranks have. Messages need it
+  // where ranks that neither send nor receive them would not come otherwise. It does not count as an
+  // operation.
+  virtual void connect(Timeout timeout) = 0;
 
   // --- sharded updates: every rank owns a part of a buffer, reduces it, and produces what all ranks get.
   // Inside a host, with all buffers in the shared arena, each is one pass; elsewhere (several hosts, private
@@ -225,15 +230,19 @@ class Communicator {
   // --------------------------------------------------------------------------------------
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  virtual int num_hosts() const = 0;      // sets of ranks that share memory; 0 before the first operation
+  virtual int num_hosts() const = 0;      // sets of ranks that share memory; 0 before the group has connected
   virtual uint64_t sequence() const = 0;  // of the last collective started on this rank
   virtual Counters counters() const = 0;
   // One line in words: which ranks share memory, which go over TCP.
   virtual std::string describe_transports() const = 0;
   // Throws what a wait would throw now: PeerFailed or Mismatch once the group has failed. Does not connect.
   virtual void expect_healthy() const = 0;
+  // Throws PeerFailed when one of these ranks of the job is known to have failed, died or left. Knows nothing
+  // before the group has connected.
+  virtual void expect_present(std::span<const int> global_ranks) const = 0;
   // `callback` is called once when the group fails, on the watch thread (here, if it has failed already). It
-  // must be short and must not throw. Replaces an earlier one. Needs a first operation to notice anything.
+  // must be short and must not throw. Replaces an earlier one. Nothing is noticed before the group has
+  // connected.
   virtual void on_failure(std::function<void()> callback) = 0;
   // What survivors need to regroup after a failure, once the group has connected (`present` is empty before).
   // The group ranks that are neither known to have died nor to have left, this one among them.

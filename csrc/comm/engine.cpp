@@ -72,7 +72,7 @@ Links& Engine::links() {
     expect_open();
     (void)arena();
     try {
-      links_ = connect(
+      links_ = mlsys::comm::connect(
           store_, options_, [this] { return shut_down_.load(std::memory_order_acquire); },
           [this] {
             if (Messenger* m = messenger()) m->start();
@@ -137,8 +137,10 @@ Descriptor Engine::new_reduction(OpKind kind, size_t count, int root, const Redu
 // serve callers.
 Context Engine::begin(Descriptor call, Timeout timeout, std::span<const std::byte> payload) {
   Links& l = links();
-  call.sequence = sequence_.fetch_add(1, std::memory_order_relaxed) + 1;
-  live_.operations.fetch_add(1, std::memory_order_relaxed);
+  if (call.kind != OpKind::kConnecting) {
+    call.sequence = sequence_.fetch_add(1, std::memory_order_relaxed) + 1;
+    live_.operations.fetch_add(1, std::memory_order_relaxed);
+  }
   l.faults->check();
   const auto deadline = Clock::now() + (timeout.count() == 0 ? options_.timeout : timeout);
   l.team->publish_payload(call, payload);
@@ -222,6 +224,28 @@ void Engine::expect_healthy() const {
   expect_open();
   if (const Links* l = connected_.load(std::memory_order_acquire); l != nullptr && l->faults != nullptr) {
     l->faults->check();
+  }
+}
+
+// The recorded failure goes first: the deaths that follow it are consequences.
+void Engine::expect_present(std::span<const int> global_ranks) const {
+  const Links* l = connected_.load(std::memory_order_acquire);
+  if (l == nullptr) return;
+  const auto wanted = [&](int rank) {
+    return std::find(global_ranks.begin(), global_ranks.end(), rank) != global_ranks.end();
+  };
+  const auto fail = [](const Poison& p) {
+    throw PeerFailed(p.rank, p.host, p.pid, p.cause, p.op, p.sequence);
+  };
+  if (l->faults->poisoned()) {
+    const Poison poison = l->faults->record();
+    if (poison.kind == PoisonKind::kPeerFailed && wanted(poison.rank)) fail(poison);
+  }
+  for (int rank = 0; rank < options_.size; ++rank) {
+    if (!wanted(l->topology.global(rank))) continue;
+    const Presence presence = l->faults->presence(rank);
+    if (presence == kDead) fail(l->faults->failure_of(rank, "its process died", {}));
+    if (presence == kLeft) fail(l->faults->failure_of(rank, "left the job", {}));
   }
 }
 

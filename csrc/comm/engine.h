@@ -40,6 +40,7 @@ class Engine final : public Communicator {
                   std::span<void* const> outputs, std::span<const size_t> recv_bytes,
                   Timeout timeout) override;
   void barrier(Timeout timeout) override;
+  void connect(Timeout timeout) override;
   void reduce_shard(void* data, size_t count, Reduction reduction, Partition partition, const OnTile& on_tile,
                     Timeout timeout) override;
   void reduce_scatter_optimize_all_gather(const void* gradients, void* parameters, size_t count,
@@ -59,6 +60,7 @@ class Engine final : public Communicator {
   Counters counters() const override;
   std::string describe_transports() const override;
   void expect_healthy() const override;
+  void expect_present(std::span<const int> global_ranks) const override;
   void on_failure(std::function<void()> callback) override;
   std::vector<int> present() const override;
   bool has_left(int rank) const override;
@@ -71,6 +73,8 @@ class Engine final : public Communicator {
   // What a call publishes, without its number.
   Descriptor new_call(OpKind kind, size_t count, int root) const;
   Descriptor new_reduction(OpKind kind, size_t count, int root, const Reduction& reduction) const;
+  // Meets all ranks without moving data: connect() and barrier().
+  void meet(OpKind kind, Timeout timeout);
   // Connects if need be, numbers and publishes the call together with `payload` (this rank's contribution,
   // which travels beside the descriptor when it is short: see LocalTeam::publish_payload), opens connections,
   // and waits until all ranks of this host agree about the call.

@@ -54,7 +54,8 @@ const char* name_of(OpKind kind) {
                                     "all_reduce_compressed to bf16",
                                     "all_reduce_compressed to int8",
                                     "reduce_shard",
-                                    "reduce_scatter_optimize_all_gather"};
+                                    "reduce_scatter_optimize_all_gather",
+                                    "connecting"};
   const auto index = static_cast<size_t>(kind);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }
@@ -68,7 +69,7 @@ const char* name_of(ReduceOp op) {
 
 std::string describe(const Descriptor& descriptor) {
   std::string text = name_of(descriptor.kind);
-  if (descriptor.kind == OpKind::kNone) return text;
+  if (descriptor.kind == OpKind::kNone || descriptor.kind == OpKind::kConnecting) return text;
   text += " number " + std::to_string(descriptor.sequence);
   if (is_reduction(descriptor.kind)) {
     text += std::string(" (") + name_of(descriptor.reduce_op) + " of " + std::to_string(descriptor.count) +

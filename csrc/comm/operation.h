@@ -27,7 +27,8 @@ enum class OpKind : uint8_t {
   kAllReduceInt8,
   kReduceShard,
   kFusedStep,
-  kLast = kFusedStep,
+  kConnecting,  // Communicator::connect(): not one of the caller's, so it has number 0
+  kLast = kConnecting,
 };
 
 // Published before every collective, in shared memory and on the wire; the layout is the wire format

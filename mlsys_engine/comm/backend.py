@@ -8,18 +8,17 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from mlsys_engine.comm.accelerator import nccl_maker
 from mlsys_engine.comm.cuda_ipc import ipc_preparer
 from mlsys_engine.comm.environment import job_key, locality, recorder_settings, sockets_per_peer
+from mlsys_engine.comm.groups import job_group
 from mlsys_engine.comm.torch_buckets import put_buckets_into_the_arena
 from mlsys_engine.comm.transport import prepare
 from mlsys_engine.native import load_comm
 
 NAME = "mlsys"
-_CONNECTING = -1  # the tag of the messages that connect a group; callers' tags are not negative
 
 
 def register() -> None:
@@ -31,19 +30,17 @@ def register() -> None:
 
 
 def create_group(options: Any, backend_options: Any) -> Any:
-    """Called by torch for each new group with its rendezvous store.
+    """Called by torch for each new group with its rendezvous store, on all its members.
 
-    The job's own group connects with its first operation, so that it may be created before a fork. A further
-    group connects here, as all its members do at this point: its first operation may be a message, of which
-    the members that neither send nor receive it know nothing.
+    The group connects here: its first operation may be a message, of which the members that neither send nor
+    receive it know nothing, and from here on the death of any rank is noticed.
     """
     put_buckets_into_the_arena()
     ranks: Sequence[int] = list(options.global_ranks_in_group) or range(options.group_size)
-    if options.group_size > 1:
-        # By this the others watch over this process also before it connects.
-        presence = f"mlsys/{options.group_id}/presence/{options.group_rank}"
-        options.store.set(presence, load_comm().presence())
-    mpi = prepare(options)
+    job = job_group()
+    # Further groups have the job's key: to agree on one, all would have to be alive.
+    key = job_key() or ("" if job else _agreed_key(options.store, options.group_rank))
+    mpi = prepare(options, job)
     make_nccl = nccl_maker(options, backend_options, ranks)
     load_comm().configure_recorder(**dataclasses.asdict(recorder_settings()))
     group = load_comm().create(
@@ -54,25 +51,17 @@ def create_group(options: Any, backend_options: Any) -> Any:
         group_name=str(options.group_id),
         global_ranks=list(ranks),
         locality=locality(ranks),
-        job_key=job_key() or _agreed_key(options.store, options.group_rank),
+        job_key=key,
         sockets_per_peer=sockets_per_peer(),
+        job=job,
         make_accelerator=make_nccl,
         make_small=None if make_nccl is None else ipc_preparer(options),
         mpi=mpi,
     )
     # Worker threads must be gone before the interpreter is; the farewell does not keep the group alive.
     atexit.register(group.farewell().say)
-    if dist.is_initialized() and options.group_size > 1:
-        _connect(group, options.group_rank, options.group_size)
+    group.connect()
     return group
-
-
-def _connect(group: Any, rank: int, size: int) -> None:
-    """Passes an empty message around: the first one connects, for which every member has to come."""
-    sent = group.send([torch.empty(0)], (rank + 1) % size, _CONNECTING)
-    received = group.recv([torch.empty(0)], (rank - 1) % size, _CONNECTING)
-    sent.wait()
-    received.wait()
 
 
 def _agreed_key(store: dist.Store, rank: int) -> str:

@@ -45,5 +45,5 @@ def all_reduce_compressed(
 
 
 def num_hosts(group: dist.ProcessGroup | None = None) -> int:
-    """How many sets of ranks that share memory the group has; 0 before its first operation."""
+    """How many sets of ranks that share memory the group has; 0 before it has connected."""
     return int(native_group(group).num_hosts())

@@ -31,6 +31,11 @@ def native_group(group: dist.ProcessGroup | None = None) -> Any:
     return found
 
 
+def job_group() -> Any:
+    """The native object of the job's own group; None when there is none (yet)."""
+    return _native(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
+
+
 def is_native(group: dist.ProcessGroup) -> bool:
     """Whether this rank's CPU tensors travel through the native backend in `group`."""
     return _native(group) is not None

@@ -40,14 +40,15 @@ class _OfProcess:
 _process = _OfProcess()
 
 
-def prepare(options: Any) -> Any | None:
+def prepare(options: Any, job: Any | None) -> Any | None:
     """The native MpiJob that a new group's bytes between hosts travel by; None for TCP.
 
-    Every member calls it when it creates the group. Raises LaunchError, on all members alike, when one of
-    them cannot use MPI or wants another transport.
+    Every member calls it when it creates the group. `job` is the native group of all ranks, when there is one
+    already: all have told it their transport. Raises LaunchError, on all members alike, when one of them
+    cannot use MPI or wants another transport; PeerFailedError when one has died before it came.
     """
     name = transport()
-    if options.group_size == 1:
+    if options.group_size == 1 or (name == "tcp" and job is not None):
         return None
     mine: dict[str, Any] = {"transport": name}
     if name == "mpi":
@@ -55,7 +56,7 @@ def prepare(options: Any) -> Any | None:
             mine |= _describe_world(_usable_mpi(os.environ), options.group_size)
         except LaunchError as error:
             mine["refusal"] = (error.given, error.expected, error.action)
-    verdict = _exchange(options, mine)
+    verdict = _exchange(options, mine, job)
     if "refusal" in verdict:
         raise SharedLaunchError(*verdict["refusal"])
     if name == "tcp":
@@ -132,7 +133,7 @@ def _describe_world(mpi: Any, group_size: int) -> dict[str, Any]:
     return {"rank": world.Get_rank(), "tag": _process.next_tag}
 
 
-def _exchange(options: Any, mine: dict[str, Any]) -> dict[str, Any]:
+def _exchange(options: Any, mine: dict[str, Any], job: Any | None) -> dict[str, Any]:
     """Tells group rank 0 what this member has, and returns what it concludes of all members."""
     keys = [f"mlsys/{options.group_id}/transport/{rank}" for rank in range(options.group_size)]
     answer = f"mlsys/{options.group_id}/transport"
@@ -140,10 +141,10 @@ def _exchange(options: Any, mine: dict[str, Any]) -> dict[str, Any]:
     if options.group_rank != 0:
         store.set(keys[options.group_rank], json.dumps(mine))
     else:
-        store.wait(keys[1:], options.timeout)
+        _await(options, job, keys[1:])
         members = [mine, *(json.loads(store.get(key)) for key in keys[1:])]
         store.set(answer, json.dumps(conclude(members, list(options.global_ranks_in_group))))
-    store.wait([answer], options.timeout)
+    _await(options, job, [answer])
     verdict: dict[str, Any] = json.loads(store.get(answer))
     if "refusal" in verdict:
         _say_goodbye(store, f"{answer}/read", options)
@@ -157,6 +158,20 @@ def _say_goodbye(store: dist.Store, read: str, options: Any) -> None:
     while options.group_rank == 0 and num_read < options.group_size and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
         num_read = store.add(read, 0)
+
+
+def _await(options: Any, job: Any | None, keys: list[str]) -> None:
+    """Waits for keys of the store; for members only as long as the job's group knows of none that is gone."""
+    if job is None:
+        options.store.wait(keys, options.timeout)
+        return
+    ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
+    deadline = time.monotonic() + options.timeout.total_seconds()
+    while not options.store.check(keys):
+        job.expect_present(ranks)
+        if time.monotonic() > deadline:
+            options.store.wait(keys, timedelta(seconds=_LOOK_S))  # raises, with the names of those missing
+        time.sleep(_LOOK_S)
 
 
 def conclude(members: Sequence[Mapping[str, Any]], names: Sequence[int]) -> dict[str, Any]:

@@ -49,6 +49,23 @@ def test_a_killed_rank_is_named_by_all_survivors(run_ranks_collecting, numel, lo
         assert "rank 1" in message
 
 
+def _gone_before_a_new_group(rank, world_size, victim):
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    error = _failure_of(dist.new_group)
+    return error.rank, error.op
+
+
+@pytest.mark.parametrize("victim", [0, 2], ids=["the one that serves the store", "another one"])
+@pytest.mark.parametrize("locality", ["", "0,1,2"], ids=["one host", "three hosts"])
+def test_a_rank_that_is_killed_before_it_comes_to_a_new_group_is_named(
+    run_ranks_collecting, locality, victim
+):
+    outcomes = run_ranks_collecting(_gone_before_a_new_group, 3, victim, env={"MLSYS_LOCALITY": locality})
+    for survivor in {0, 1, 2} - {victim}:
+        assert (outcomes[survivor].value, outcomes[survivor].error) == ((victim, "connecting"), None)
+
+
 def _raising(rank, world_size):
     dist.barrier()
     if rank == 2:

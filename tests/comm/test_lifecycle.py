@@ -93,7 +93,7 @@ def test_an_uncaught_exception_on_one_rank_ends_the_other_with_an_error():
     assert "left the group" in outputs[0][1]
 
 
-def test_a_group_may_be_forked_before_its_first_operation():
+def test_a_process_may_fork_while_it_is_in_a_group():
     program = """
     pid = os.fork()
     if pid == 0:
@@ -109,7 +109,7 @@ def test_a_group_may_be_forked_before_its_first_operation():
         assert process.returncode == 0, errors
 
 
-def test_no_thread_starts_before_the_first_operation():
+def test_a_group_of_one_starts_no_thread():
     program = """
     before = len(os.listdir("/proc/self/task"))
     group = dist.new_group([0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -109,6 +110,27 @@ def _beside_collectives(rank, world_size):
 
 def test_messages_pass_beside_collectives_under_way(run_ranks):
     run_ranks(_beside_collectives, 2)
+
+
+def _first_of_all(rank, world_size):
+    store = dist.distributed_c10d._get_default_store()
+    tensor = torch.full((5,), float(rank))
+    if rank == 0:
+        dist.send(tensor, 1)
+    elif rank == 1:
+        dist.recv(tensor, 0)
+        store.set("it came", "")
+    else:
+        store.wait(["it came"])  # and does nothing in the group meanwhile
+    return tensor.tolist()
+
+
+@pytest.mark.parametrize("locality", ["", "0,1,2"], ids=["one host", "three hosts"])
+def test_the_first_operation_of_a_job_may_be_a_message_that_a_third_rank_knows_nothing_of(
+    run_ranks, locality
+):
+    values = run_ranks(_first_of_all, 3, env={"MLSYS_LOCALITY": locality})
+    assert values[1] == [0.0] * 5
 
 
 def _futures(rank, world_size):

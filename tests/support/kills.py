@@ -183,15 +183,18 @@ def _play(rank: int, world_size: int, trial: Trial, folder: str) -> Report:
     faulthandler.dump_traceback_later(HANG_S, exit=True, file=stacks)
     before = held()
     timeout = timedelta(seconds=trial.timeout_s)
-    world = dist.new_group(timeout=timeout)
-    partner = (trial.victim + 1) % world_size
-    pair = dist.new_group(sorted([trial.victim, partner]), timeout=timeout)
-    group = pair if trial.phase == "subgroup" and rank in (trial.victim, partner) else world
-    operation, call = _operation(trial, rank, group)
-    if trial.phase not in ("before connecting", "while connecting"):
-        dist.all_reduce(torch.ones(1), group=world)
-        if group is pair:
-            dist.all_reduce(torch.ones(1), group=pair)
+    groups: list[dist.ProcessGroup] = []
+    if trial.phase in ("before connecting", "while connecting"):
+        operation = "connecting"
+
+        def call() -> None:
+            groups.append(dist.new_group(timeout=timeout))
+    else:
+        partner = (trial.victim + 1) % world_size
+        pair = sorted([trial.victim, partner])
+        groups += [dist.new_group(timeout=timeout), dist.new_group(pair, timeout=timeout)]
+        in_pair = trial.phase == "subgroup" and rank in pair
+        operation, call = _operation(trial, rank, groups[in_pair])
     if rank == trial.victim:
         (directory / "victim").write_text(str(os.getpid()))
         if trial.phase == "before connecting":
@@ -202,11 +205,11 @@ def _play(rank: int, world_size: int, trial: Trial, folder: str) -> Report:
     (directory / f"raised-{rank}").touch()
     if rank != trial.victim:
         _stay_until_all_have_raised(trial, directory)
-    del call, group
-    dist.destroy_process_group(world)
-    if rank in (trial.victim, partner):
-        dist.destroy_process_group(pair)
-    del world, pair
+    del call
+    while groups:
+        if (group := groups.pop()) is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
+        del group
     gc.collect()
     descriptors, threads = _left_over(before)
     return Report(operation=operation, leaked_descriptors=descriptors, leaked_threads=threads, **report)

@@ -8,6 +8,9 @@ namespace mlsys::binding {
 class InterruptibleStore : public comm::Store {
  public:
   virtual void interrupt() = 0;
+  // Goes over a connection of its own from here on, which takes at most `timeout` to open: a wait elsewhere
+  // in the program may hold the shared one's lock. Throws when the store is gone.
+  virtual void separate(std::chrono::milliseconds timeout) = 0;
 };
 
 }  // namespace mlsys::binding

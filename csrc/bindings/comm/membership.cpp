@@ -52,6 +52,7 @@ std::exception_ptr Membership::with_call_sites(std::exception_ptr failure, uint6
     };
     std::string text = std::string(mismatch.what()) + " Called at:";
     try {
+      store_->separate(milliseconds(1000));
       store_->set(key(options_.rank), std::vector<uint8_t>(own_site.begin(), own_site.end()));
       for (int rank = 0; rank < options_.size; ++rank) {
         const auto site = get(key(rank));

@@ -26,6 +26,7 @@ class Membership {
   ~Membership();
 
   comm::Communicator& communicator() { return *communicator_; }
+  std::shared_ptr<const comm::Communicator> shared_communicator() const { return communicator_; }
   Executor& executor() { return executor_; }
   Accelerator& accelerator() { return accelerator_; }
   const comm::Options& options() const { return options_; }

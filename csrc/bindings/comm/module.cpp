@@ -27,13 +27,11 @@ struct Farewell {
   }
 };
 
-c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
-                                             std::chrono::milliseconds timeout, std::string group_name,
-                                             std::vector<int> global_ranks, std::vector<int> locality,
-                                             std::string job_key, int sockets_per_peer,
-                                             const std::string& accelerator,
-                                             Accelerator::Maker make_accelerator,
-                                             Accelerator::SmallMaker make_small, std::optional<MpiJob> mpi) {
+c10::intrusive_ptr<ProcessGroupMlsys> create(
+    const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, std::chrono::milliseconds timeout,
+    std::string group_name, std::vector<int> global_ranks, std::vector<int> locality, std::string job_key,
+    int sockets_per_peer, const c10::intrusive_ptr<ProcessGroupMlsys>& job, const std::string& accelerator,
+    Accelerator::Maker make_accelerator, Accelerator::SmallMaker make_small, std::optional<MpiJob> mpi) {
   comm::Options options;
   options.rank = rank;
   options.size = size;
@@ -44,9 +42,13 @@ c10::intrusive_ptr<ProcessGroupMlsys> create(const c10::intrusive_ptr<c10d::Stor
   options.job_key = std::move(job_key);
   options.sockets_per_peer = sockets_per_peer;
   if (mpi) {
-    options.make_carrier = [job = std::move(*mpi), sockets_per_peer](comm::CarrierUse use) {
-      return make_mpi_carrier(job, use, sockets_per_peer);
+    options.make_carrier = [mpi_job = std::move(*mpi), sockets_per_peer](comm::CarrierUse use) {
+      return make_mpi_carrier(mpi_job, use, sockets_per_peer);
     };
+  }
+  if (job) {
+    options.job = job->membership()->shared_communicator();
+    if (options.job_key.empty()) options.job_key = job->membership()->options().job_key;
   }
   options.report = [place = "mlsys: rank " + std::to_string(options.global_ranks[static_cast<size_t>(rank)]) +
                             ", group " + options.group_name +
@@ -106,6 +108,7 @@ PYBIND11_MODULE(_comm, m) {
   ProcessGroupClass process_group(m, "ProcessGroupMlsys", c10d.attr("Backend"));
   define_direct_calls(process_group);
   process_group.def("counters", &counters)
+      .def("connect", &ProcessGroupMlsys::connect, py::call_guard<py::gil_scoped_release>())
       .def(
           "poison",
           [](ProcessGroupMlsys& group, const std::string& cause) {
@@ -148,6 +151,7 @@ PYBIND11_MODULE(_comm, m) {
            py::call_guard<py::gil_scoped_release>())
       .def("num_hosts",
            [](ProcessGroupMlsys& group) { return group.membership()->communicator().num_hosts(); })
+      .def("expect_present", &ProcessGroupMlsys::expect_present, py::call_guard<py::gil_scoped_release>())
       .def("present", [](ProcessGroupMlsys& group) { return group.membership()->communicator().present(); })
       .def("has_left", [](ProcessGroupMlsys& group,
                           int rank) { return group.membership()->communicator().has_left(rank); })
@@ -159,16 +163,12 @@ PYBIND11_MODULE(_comm, m) {
            [](ProcessGroupMlsys& group, int rank) { return group.membership()->communicator().notice(rank); })
       .def("farewell", [](ProcessGroupMlsys& group) { return Farewell{group.membership()}; });
 
-  m.def("presence", [] {
-    const auto bytes = comm::presence_of_this_process();
-    return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-  });
   m.def("configure_recorder", &configure_recorder, py::arg("num_entries"), py::arg("detail"),
         py::arg("hang_dir"));
   m.def("dump", &dump, py::arg("directory"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
   m.def("create", &create, py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("timeout"),
         py::arg("group_name"), py::arg("global_ranks"), py::arg("locality"), py::arg("job_key"),
-        py::arg("sockets_per_peer"), py::arg("accelerator") = "cuda",
+        py::arg("sockets_per_peer"), py::arg("job") = py::none(), py::arg("accelerator") = "cuda",
         py::arg("make_accelerator") = py::none(), py::arg("make_small") = py::none(),
         py::arg("mpi") = py::none(), py::call_guard<py::gil_scoped_release>());
 }

@@ -48,6 +48,24 @@ ProcessGroupMlsys::~ProcessGroupMlsys() {
   membership_.reset();
 }
 
+void ProcessGroupMlsys::connect() {
+  try {
+    membership_->executor().run([&] { membership_->communicator().connect(milliseconds(timeout_ms_)); });
+  } catch (...) {
+    const Place place{"connecting", 0, where("connecting").words()};
+    std::rethrow_exception(for_python(std::current_exception(), place));
+  }
+}
+
+void ProcessGroupMlsys::expect_present(const std::vector<int>& global_ranks) {
+  try {
+    membership_->communicator().expect_present(global_ranks);
+  } catch (...) {
+    const Place place{"connecting", 0, where("connecting").words()};
+    std::rethrow_exception(for_python(std::current_exception(), place));
+  }
+}
+
 void ProcessGroupMlsys::shutdown() {
   const WithoutGil released;  // leaving joins threads that may need the GIL to drop a tensor
   membership_->leave(milliseconds(1000));

@@ -102,6 +102,10 @@ class ProcessGroupMlsys final : public c10d::Backend {
   // Collectives issued on this rank, on all devices.
   uint64_t getSequenceNumberForGroup() override;
 
+  // Connects to all other ranks, which call this too; returns when all have. Call without the GIL.
+  void connect();
+  // Throws PeerFailed when one of these ranks of the job is known to be gone. Call without the GIL.
+  void expect_present(const std::vector<int>& global_ranks);
   // Gives operations under way a second to finish; then, and in abort at once, they fail.
   void shutdown() override;
   void abort() override;
@@ -139,7 +143,6 @@ class ProcessGroupMlsys final : public c10d::Backend {
   // A barrier has no tensors: it is the accelerator's when it names, or the group is bound to, its device.
   c10d::Backend* elsewhere_for_barrier(const Call& call, const c10d::BarrierOptions& options);
   c10d::Backend& accelerator_backend();
-  void meet(const DeviceCount& devices);
   // Null unless the accelerator has a way for small tensors and it takes this one.
   WorkPtr small_all_reduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options);
   // Remembers the Work of a CPU operation for endCoalescing(), between startCoalescing() and that.
@@ -160,7 +163,6 @@ class ProcessGroupMlsys final : public c10d::Backend {
   std::atomic<uint64_t> issued_{0};
   std::atomic<uint64_t> monitored_{0};
   std::atomic<uint64_t> messages_{0};
-  std::atomic<bool> met_{false};
   std::atomic<std::thread::id> coalescing_{};  // the thread that has called startCoalescing()
   struct Batch {
     bool on_accelerator = false;

@@ -51,28 +51,14 @@ c10d::Backend* ProcessGroupMlsys::forward(const Call& call, const DeviceCount& d
     std::rethrow_exception(
         for_python(std::current_exception(), Place{call.name, issued_, where(call.name).words()}));
   }
-  if (!is_message(call.type)) meet(devices);
+  // In a message not all ranks take part.
+  if (getSize() > 1 && devices.index >= 0 && !is_message(call.type)) {
+    membership_->accelerator().prepare_small(devices.index, membership_->communicator().num_hosts());
+  }
   if (coalescing_ == std::this_thread::get_id() && !std::exchange(batch_.on_accelerator, true)) {
     backend.startCoalescing();
   }
   return &backend;
-}
-
-// The watch thread that notices a peer's death starts with the first operation of the CPU's. So that it also
-// runs where all tensors are the accelerator's, the first collective on them is preceded by a barrier; a
-// message is not, since not all ranks need to take part in one.
-void ProcessGroupMlsys::meet(const DeviceCount& devices) {
-  if (getSize() == 1) return;
-  if (!met_) {
-    constexpr Call kCall{c10d::OpType::BARRIER, "barrier", "mlsys:barrier"};
-    start(kCall, {}, {}, milliseconds(timeout_ms_), false,
-          [](comm::Communicator& group, milliseconds timeout) { group.barrier(timeout); })
-        ->wait();
-    met_ = true;
-  }
-  if (devices.index >= 0) {
-    membership_->accelerator().prepare_small(devices.index, membership_->communicator().num_hosts());
-  }
 }
 
 WorkPtr ProcessGroupMlsys::small_all_reduce(std::vector<at::Tensor>& tensors,

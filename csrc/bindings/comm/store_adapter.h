@@ -8,8 +8,8 @@
 
 namespace mlsys::binding {
 
-// `store` is not used before the first operation, and then through a clone with its own connection: a wait
-// here must not hold the lock that the main thread's use of the same store would need.
+// Uses the connection of `store`, and never waits in it. A connection of its own would not be opened for half
+// an hour when the rank that serves the store has just died; the existing one fails at once.
 std::shared_ptr<InterruptibleStore> adapt_store(c10::intrusive_ptr<c10d::Store> store);
 
 }  // namespace mlsys::binding

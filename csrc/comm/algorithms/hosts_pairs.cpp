@@ -145,6 +145,7 @@ std::vector<int> tcp_peers(const Topology& topology, const Descriptor& call) {
     case OpKind::kAllReduceInt8:  // between owners of slices, each with every other one: hosts_owned.cpp
       return peers_of(
           {rings_of_all(topology), exchange_all_gather(topology.num_hosts(), topology.my_host())});
+    case OpKind::kConnecting:
     case OpKind::kBarrier: {
       std::vector<int> partners;
       for (int distance = 1; topology.is_leader() && distance < topology.num_hosts(); distance *= 2) {

@@ -30,7 +30,6 @@ int locality_of(const Options& options, int rank) {
 std::vector<Identity> exchange_identities(Rendezvous& rendezvous, const Options& options,
                                           const Identity& mine, Liveness& liveness) {
   rendezvous.put("identity", options.rank, encode(mine));
-  rendezvous.watch_everyone();
   std::vector<Identity> identities;
   for (int rank = 0; rank < options.size; ++rank) {
     const std::optional<Identity> identity = decode_identity(rendezvous.get("identity", rank, true));
@@ -221,8 +220,6 @@ std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& opti
     rendezvous.give_up({PoisonKind::kTimedOut, -1, 0, 0, "", "connecting", failure.what()});
   }
 }
-
-std::vector<uint8_t> presence_of_this_process() { return encode(identify(-1)); }
 
 void publish_failure(Store& store, const Options& options, const std::string& cause) {
   Identity identity = identify(-1);

@@ -1,4 +1,4 @@
-// Everything that connects one rank to the others, built by bring-up at the first operation.
+// Everything that connects one rank to the others, built by bring-up.
 #pragma once
 
 #include <functional>

@@ -1,5 +1,7 @@
 #include "comm/bringup/rendezvous.h"
 
+#include <thread>
+
 #include "comm/fault/control_frame.h"
 
 namespace mlsys::comm {
@@ -29,7 +31,9 @@ Rendezvous::Rendezvous(std::shared_ptr<Store> store, const Options& options, con
       liveness_(liveness),
       stop_(std::move(stop)),
       prefix_("mlsys/" + options.group_name + "/"),
-      deadline_(Clock::now() + options.timeout) {}
+      deadline_(Clock::now() + options.timeout) {
+  for (int rank = 0; rank < options.size; ++rank) members_.push_back(global_rank(rank));
+}
 
 int Rendezvous::global_rank(int rank) const {
   return options_.global_ranks.empty() ? rank : options_.global_ranks[static_cast<size_t>(rank)];
@@ -66,7 +70,7 @@ std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool nee
         throw_first_failure();
         throw liveness_.failure_of(dead);
       }
-      if (!liveness_.knows(rank)) watch(rank);
+      watch_another();
       heed_failures();
     } catch (const PeerFailed&) {
       throw;
@@ -80,27 +84,29 @@ std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool nee
                "rank " + std::to_string(global_rank(options_.rank)) +
                    " timed out while connecting the group: nothing heard from rank " +
                    std::to_string(global_rank(rank)) + " (store key " + prefix_ + key +
-                   "). It has not begun its first operation on this group, or is stopped."});
+                   "). It has not come to this group, or is stopped."});
     }
     liveness_.sleep(needs_all ? -1 : rank, std::min(milliseconds(1 + round / 4), kLongestPause));
   }
 }
 
-void Rendezvous::watch(int rank) {
-  const auto bytes = look_up("presence/" + std::to_string(rank));
-  const std::optional<Identity> identity = bytes ? decode_identity(*bytes) : std::nullopt;
-  if (identity) liveness_.add(rank, global_rank(rank), *identity, mine_);
-}
-
-void Rendezvous::watch_everyone() {
-  try {
-    for (int rank = 0; rank < options_.size; ++rank) watch(rank);
-  } catch (const std::exception&) {
-    store_is_gone(liveness_.first_dead());
+void Rendezvous::watch_another() {
+  for (int i = 0; i < options_.size; ++i) {
+    next_ = (next_ + 1) % options_.size;
+    if (next_ == options_.rank || liveness_.knows(next_)) continue;
+    const auto bytes = look_up("identity/" + std::to_string(next_));
+    const std::optional<Identity> identity = bytes ? decode_identity(*bytes) : std::nullopt;
+    if (identity && identity->failure.empty()) liveness_.add(next_, global_rank(next_), *identity, mine_);
+    return;
   }
 }
 
+void Rendezvous::heed_job() {
+  if (const auto job = options_.job.lock()) job->expect_present(members_);
+}
+
 void Rendezvous::heed_failures() {
+  heed_job();
   if (Clock::now() - asked_at_ < kBetweenQuestions) return;
   asked_at_ = Clock::now();
   try {
@@ -144,7 +150,9 @@ void Rendezvous::give_up(const Poison& mine) {
 void Rendezvous::store_is_gone(int dead) {
   const std::exception_ptr reason = std::current_exception();
   for (const auto until = Clock::now() + kGrace; dead < 0 && Clock::now() < until && !stop_();) {
-    dead = liveness_.first_dead(milliseconds(10));
+    heed_job();
+    dead = liveness_.first_dead();
+    if (dead < 0) std::this_thread::sleep_for(milliseconds(1));
   }
   if (dead >= 0) throw liveness_.failure_of(dead);
   std::rethrow_exception(reason);

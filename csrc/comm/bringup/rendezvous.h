@@ -33,11 +33,10 @@ class Rendezvous {
   std::vector<uint8_t> get(const std::string& kind, int rank, bool needs_all,
                            const std::function<void()>& meanwhile = nullptr);
 
-  // Learns from what ranks published when they made the group whom to watch, also before they connect.
-  void watch_everyone();
   int global_rank(int rank) const;
 
-  // Throws what another rank has published with give_up(); asks the store only now and then.
+  // Throws what another rank has published with give_up(), asking the store only now and then, and what the
+  // job's group knows about the members.
   void heed_failures();
   // Publishes why this rank gives up and throws it, unless somebody was first: then that is thrown. The store
   // may be gone as well.
@@ -45,7 +44,9 @@ class Rendezvous {
 
  private:
   std::optional<std::vector<uint8_t>> look_up(const std::string& key);
-  void watch(int rank);
+  // Learns of one more rank that has come already, so that its death is noticed while another one is awaited.
+  void watch_another();
+  void heed_job();
   void throw_first_failure();
   [[noreturn]] void store_is_gone(int dead);
 
@@ -55,6 +56,8 @@ class Rendezvous {
   Liveness& liveness_;
   std::function<bool()> stop_;
   std::string prefix_;
+  std::vector<int> members_;  // global ranks
+  int next_ = 0;              // to be asked about in watch_another()
   std::chrono::steady_clock::time_point deadline_;
   std::chrono::steady_clock::time_point asked_at_ = std::chrono::steady_clock::now();
 };

@@ -8,8 +8,9 @@ namespace {
 using State = Standing::State;
 
 std::string last_call(const Standing& standing) {
-  return standing.last.kind == OpKind::kNone ? "last called nothing"
-                                             : "last called " + describe(standing.last);
+  const OpKind kind = standing.last.kind;
+  return kind == OpKind::kNone || kind == OpKind::kConnecting ? "last called nothing"
+                                                              : "last called " + describe(standing.last);
 }
 
 }  // namespace
