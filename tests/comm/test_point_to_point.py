@@ -122,6 +122,7 @@ def _first_of_all(rank, world_size):
         store.set("it came", "")
     else:
         store.wait(["it came"])  # and does nothing in the group meanwhile
+    dist.barrier()  # rank 0 serves the store
     return tensor.tolist()
 
 
