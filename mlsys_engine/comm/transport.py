@@ -40,7 +40,7 @@ class _OfProcess:
 _process = _OfProcess()
 
 
-def prepare(options: Any, job: Any | None) -> Any | None:
+def prepare(options: Any, job: Any | None = None) -> Any | None:
     """The native MpiJob that a new group's bytes between hosts travel by; None for TCP.
 
     Every member calls it when it creates the group. `job` is the native group of all ranks, when there is one
