@@ -80,7 +80,7 @@ class Ours:
         chunks = math.ceil(numel / CHUNK_ELEMENTS)
         self.cuts = [min(chunks * r // ranks * CHUNK_ELEMENTS, numel) for r in range(ranks)] + [numel]
         first, end = self.cuts[rank], self.cuts[rank + 1]
-        self.shard = OptimizerShard(self.optimizer, self.params, [(first, end)])
+        self.shard = OptimizerShard(self.optimizer, self.params, self.grads, [(first, end)])
         starts = torch.arange(first, end, CHUNK_ELEMENTS)
         self.chunks = torch.stack(
             [starts, (end - starts).clamp(max=CHUNK_ELEMENTS), starts // CHUNK_ELEMENTS], dim=1

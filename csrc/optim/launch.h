@@ -23,7 +23,12 @@ struct FloatSpan {
 };
 // Sum of squares over all spans, in double; see sum_of_squares.cpp for the order.
 double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor pool);
-// Of one chunk, at most kChunkElements: the term of that sum, for those who add up the terms themselves.
+// The two halves of that sum, for those who hold a part of the spans: a term for each chunk of each span, in
+// order, and the sum of terms.
+int64_t num_terms(const FloatSpan* spans, int64_t num_spans);
+void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, ParallelFor pool);
+double add_terms(const double* terms, int64_t count);
+// One term: of one chunk, at most kChunkElements.
 double chunk_sum_of_squares(const FloatSpan& chunk);
 
 namespace cuda {
@@ -42,11 +47,9 @@ struct StepLaunch {
 void adamw_step(const StepLaunch& launch);
 void sgd_step(const StepLaunch& launch);  // rows of both kinds; a row with state[0] == 0 takes plain SGD
 
-// Sum of squares of device arrays into *result (device). `partials` holds num_partials(spans) doubles
-// (device).
-int64_t num_partials(const FloatSpan* spans, int64_t num_spans);
-void sum_of_squares(const FloatSpan* spans, int64_t num_spans, double* partials, double* result,
-                    void* stream);
+// The same two halves of the sum of squares of device arrays; `terms` and `result` are on the device.
+void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, void* stream);
+void add_terms(const double* terms, int64_t count, double* result, void* stream);
 
 }  // namespace cuda
 }  // namespace mlsys

@@ -49,7 +49,13 @@ double chunk_sum_of_squares(const FloatSpan& chunk) {
   return sum;
 }
 
-double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor pool) {
+int64_t num_terms(const FloatSpan* spans, int64_t num_spans) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_spans; ++i) total += num_chunks(spans[i].numel);
+  return total;
+}
+
+void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, ParallelFor pool) {
   std::vector<Chunk> chunks;
   chunks.reserve(static_cast<size_t>(num_spans));
   for (int64_t i = 0; i < num_spans; ++i) {
@@ -57,15 +63,23 @@ double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor poo
       chunks.push_back({spans[i].data + begin, std::min(kChunkElements, spans[i].numel - begin)});
     }
   }
-  std::vector<double> partials(chunks.size());
   const SimdLevel level = simd_level();
   parallel_for(pool, static_cast<int64_t>(chunks.size()), 8, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
-      run_simd(level, ChunkSum{}, chunks[i].data, chunks[i].count, &partials[i]);
+      run_simd(level, ChunkSum{}, chunks[i].data, chunks[i].count, &terms[i]);
   });
+}
+
+double add_terms(const double* terms, int64_t count) {
   double sum = 0.0;
-  for (double partial : partials) sum += partial;
+  for (int64_t i = 0; i < count; ++i) sum += terms[i];
   return sum;
+}
+
+double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor pool) {
+  std::vector<double> terms(static_cast<size_t>(num_terms(spans, num_spans)));
+  chunk_squares(spans, num_spans, terms.data(), pool);
+  return add_terms(terms.data(), static_cast<int64_t>(terms.size()));
 }
 
 }  // namespace mlsys

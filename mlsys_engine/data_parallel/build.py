@@ -18,7 +18,9 @@ from mlsys_engine.data_parallel.buffers import BufferSync
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.data_parallel.reductions import Reduction, make_reduction
 from mlsys_engine.data_parallel.runner import DataParallelRunner
-from mlsys_engine.data_parallel.sharded import ShardedUpdate, ShardReduction, check_shardable, num_chunks
+from mlsys_engine.data_parallel.sharded import check_shardable, check_steppable, num_chunks
+from mlsys_engine.data_parallel.sharded_arena import ArenaShardReduction, ArenaShardUpdate
+from mlsys_engine.data_parallel.sharded_device import DeviceShardReduction, DeviceShardUpdate
 from mlsys_engine.data_parallel.statistics import StepStatistics
 from mlsys_engine.data_parallel.update import OptimizerFactory, Update, make_optimizer, make_update
 from mlsys_engine.errors import ConfigError
@@ -56,7 +58,7 @@ def build_runner(
     built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
     sharded = plan.shard == "optimizer"
     if sharded:
-        check_shardable(built)
+        _check_sharded(built, group, device)
     allocate = _shared_allocator(group, device)
     arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None)
     if group is not None:
@@ -89,6 +91,14 @@ def build_runner(
     return runner
 
 
+def _check_sharded(
+    optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    check_shardable(optimizer)
+    if group is not None:
+        check_steppable(device)
+
+
 def _sums_and_update(
     plan: Plan,
     optimizer: torch.optim.Optimizer,
@@ -106,8 +116,19 @@ def _sums_and_update(
     native = check_shardable(optimizer)
     statistics = StepStatistics(len(arenas.places), buffers.num_watched, device, num_chunks(native))
     terms = statistics.norm_terms
-    reducing = ShardReduction(plan, native, arenas.buckets, terms, group)
-    return statistics, reducing, ShardedUpdate(plan, native, arenas, terms, group)
+    reducing, updating = _sharding_on(device)
+    return (
+        statistics,
+        reducing(plan, native, arenas.buckets, terms, group),
+        updating(plan, native, arenas, terms, group),
+    )
+
+
+def _sharding_on(device: torch.device) -> tuple[Callable[..., Reduction], Callable[..., Update]]:
+    """How parts are reduced and stepped where the arenas lie."""
+    if device.type == "cpu":
+        return ArenaShardReduction, ArenaShardUpdate
+    return DeviceShardReduction, DeviceShardUpdate
 
 
 def _accumulation(

@@ -18,6 +18,7 @@ from mlsys_engine.data_parallel.arenas import BucketMemory
 from mlsys_engine.data_parallel.reductions import (
     POWERSGD_RANK,
     POWERSGD_START,
+    Reduction,
     Waitable,
     fits_layout,
     layout_of,
@@ -28,7 +29,7 @@ _COUNTS = ("iter", "total_numel_before_compression", "total_numel_after_compress
 _MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
 
 
-class PowerSgdReduction:
+class PowerSgdReduction(Reduction):
     """One PowerSGDState for all buckets. A bucket under compression is finished before the next one starts.
 
     The hook chains all-reduces by callbacks. Were two buckets under way at once, the order of their

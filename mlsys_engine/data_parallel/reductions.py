@@ -44,6 +44,12 @@ class Reduction(Protocol):
     def __call__(self, bucket: BucketMemory) -> Waitable:
         """Starts to sum the bucket's gradients over ranks, in place."""
 
+    def finish(self) -> None:
+        """All of a step's buckets were started: what their sums add to the statistics is in them now.
+
+        On a device its stream waits for that. Nothing to do where the statistics queue behind the buckets.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """What this rank alone carries from step to step: plain values and live tensors, or nothing."""
 
@@ -66,7 +72,7 @@ def make_reduction(
     return reduction
 
 
-class PlainReduction:
+class PlainReduction(Reduction):
     """The all-reduce of the process group, in the gradients' own type."""
 
     def __init__(self, _plan: Plan, _buckets: Sequence[BucketMemory], group: dist.ProcessGroup) -> None:
@@ -92,7 +98,7 @@ class TreeReduction(PlainReduction):
         return work
 
 
-class EncodedReduction:
+class EncodedReduction(Reduction):
     """bf16 or int8 between hosts, with error feedback: one residual a bucket, of the bucket's size.
 
     A rank's residual is zero, and its memory never touched, where other ranks of its host do the encoding.

@@ -125,6 +125,8 @@ class DataParallelRunner:
     def _reduce(self, clock: _Clock) -> None:
         # The same order of collectives on every rank: buckets, statistics, running statistics, other buffers.
         self.reducer.finish()
+        if self._reduction is not None:
+            self._reduction.finish()
         work = self._all_reduce(self._statistics.vector)
         self._buffers.start()
         self.reducer.wait()

@@ -1,17 +1,16 @@
-"""The update when optimizer state is sharded: each rank steps the elements that it owns, for all ranks.
+"""What is common to both updates under sharded optimizer state: who owns what, the norm, and the state.
 
-A bucket's reduction (during backward) makes this rank's part of it the sum over ranks, and adds up squares
-chunk by chunk while it passes. Those sums travel with the step's statistics; everybody adds them in one order
-and so comes to one norm, and to the bits of the unsharded one. Then one pass over the arena steps this rank's
-parts and writes the new parameters into every rank's arena.
+A bucket's reduction (during backward) makes this rank's part of it the sum over ranks, and the squares of
+that sum go to their places among the norm's terms, one for each chunk. Terms travel with the step's
+statistics; everybody adds them in one order and so comes to one norm. Then each rank steps its parts and all
+get the new parameters. How is a matter of where the arenas lie: sharded_arena.py and sharded_device.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,12 +18,11 @@ from torch import nn
 from mlsys_engine import comm
 from mlsys_engine.data_parallel import state
 from mlsys_engine.data_parallel.arenas import BucketMemory, ModelArenas
-from mlsys_engine.data_parallel.reductions import Waitable
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_shard import FlatShard
-from mlsys_engine.numerics import GradientScale
 from mlsys_engine.optim import NativeOptimizer
-from mlsys_engine.optim.kernels import CHUNK_ELEMENTS
+from mlsys_engine.optim.kernels import CHUNK_ELEMENTS, is_native
+from mlsys_engine.optim.norms import sum_of_terms
 from mlsys_engine.optim.shard import OptimizerShard
 from mlsys_engine.plan import Plan
 
@@ -41,52 +39,49 @@ def check_shardable(optimizer: torch.optim.Optimizer) -> NativeOptimizer:
     )
 
 
+def check_steppable(device: torch.device) -> None:
+    """Raises ConfigError for a device on which parts of parameters cannot be stepped."""
+    if not is_native(device):
+        raise ConfigError(
+            f'DataParallel(shard="optimizer") on {device}, for which this build has no kernels.',
+            "Parts of parameters are stepped by the engine's own kernels, on the CPU and on CUDA.",
+            'Build the extension with CUDA (`mlsys doctor` says what it has), or use shard="none".',
+        )
+
+
 def num_chunks(optimizer: torch.optim.Optimizer) -> int:
     """How many terms the sum of squares of all gradients has."""
     return sum(_chunks_of(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
-class ShardReduction:
-    """A Reduction of which each rank keeps its part. Chunks' squares go to their places in `norm_terms`."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        optimizer: NativeOptimizer,
-        buckets: Sequence[BucketMemory],
-        norm_terms: torch.Tensor,
-        group: dist.ProcessGroup,
-    ) -> None:
-        self._partition, self._norm_terms, self._group = plan.partition, norm_terms, group
-        rank, places = dist.get_rank(group), _first_places(optimizer)
-        self._chunks = [
-            _chunk_rows(bucket, places, bounds[rank], bounds[rank + 1])
-            for bucket, bounds in zip(buckets, plan.partition, strict=True)
-        ]
-
-    def __call__(self, bucket: BucketMemory) -> Waitable:
-        """Starts the reduction of one bucket: this rank's part becomes the sum, the rest is left alone."""
-        work = comm.reduce_shard(
-            bucket.gradients,
-            self._partition[bucket.index],
-            chunks=self._chunks[bucket.index],
-            sums=self._norm_terms,
-            group=self._group,
-            async_op=True,
-        )
-        assert work is not None
-        return work
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: every step reduces all of the gradient."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes nothing."""
+def first_terms(optimizer: NativeOptimizer) -> dict[nn.Parameter, int]:
+    """For each parameter the place of its first chunk among all terms of the norm."""
+    places, position = {}, 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            places[parameter] = position
+            position += _chunks_of(parameter)
+    return places
 
 
-class ShardedUpdate:
-    """An Update over this rank's parts, after ShardReduction. `norm_terms` are everybody's by then."""
+def chunk_rows(
+    bucket: BucketMemory, terms: Mapping[nn.Parameter, int], first: int, end: int
+) -> list[tuple[int, int, int]]:
+    """(first element, number of elements, term) of those chunks of the bucket that begin in [first, end)."""
+    begin, rows = int(bucket.gradients.storage_offset()), []
+    for place in bucket.places:
+        slot_first = int(place.gradient.storage_offset()) - begin
+        slot_end = slot_first + place.gradient.numel()
+        if place.parameter not in terms:
+            continue  # the optimizer does not step it, so the norm leaves it out
+        for number, start in enumerate(range(slot_first, slot_end, CHUNK_ELEMENTS)):
+            if first <= start < end:
+                rows.append((start, min(CHUNK_ELEMENTS, slot_end - start), terms[place.parameter] + number))
+    return rows
+
+
+class ShardedState:
+    """The part of an Update that is no step. `norm_terms` are everybody's by the time they are added."""
 
     def __init__(
         self,
@@ -105,36 +100,11 @@ class ShardedUpdate:
         for bucket, bounds in zip(arenas.buckets, plan.partition, strict=True):
             begin = int(bucket.gradients.storage_offset())
             self._partition += [begin + bound for bound in bounds]
-            if bounds[rank] < bounds[rank + 1]:
-                ranges.append((begin + bounds[rank], begin + bounds[rank + 1]))
-        self._shard = OptimizerShard(optimizer, self._pair.parameters, ranges)
+            ranges.append((begin + bounds[rank], begin + bounds[rank + 1]))
+        self._shard = OptimizerShard(optimizer, self._pair.parameters, self._pair.gradients, ranges)
 
     def sum_of_squares(self) -> torch.Tensor:
-        # One after another from zero, as the unsharded norm adds its chunks (csrc/optim/sum_of_squares.cpp).
-        terms = self._norm_terms.numpy()
-        total = np.add.accumulate(terms)[-1] if len(terms) else 0.0
-        return torch.tensor(float(total), dtype=torch.float64)
-
-    def step(self, scale: GradientScale) -> None:
-        """Steps and shares parameters. `.grad` is None afterwards: no rank has the whole reduced gradient."""
-        if not scale.skip:
-            self._shard.advance()
-            comm.reduce_scatter_optimize_all_gather(
-                self._pair.gradients.data,
-                self._pair.parameters.data,
-                self._partition,
-                self._shard.table(),
-                grad_scale=float(scale.scale),
-                is_reduced=True,
-                group=self._group,
-            )
-            torch.autograd.graph.increment_version(self._shard.parameters)
-        self._optimizer._opt_called = True  # what torch's schedulers look at to see that a step came first
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def _gather(self, flat: torch.Tensor) -> None:
-        comm.share_shards(flat, self._partition, group=self._group)
+        return sum_of_terms(self._norm_terms)
 
     def optimizer_state(self, model: nn.Module, full: bool) -> dict[str, Any]:
         """With `full` a collective call: everybody gets all of the state."""
@@ -152,32 +122,15 @@ class ShardedUpdate:
         """Where a checkpoint's piece `key` of the state of parameter `name` is loaded to; None: anywhere."""
         return self._shard.place(name, key)
 
+    def _gather(self, flat: torch.Tensor) -> None:
+        comm.share_shards(flat, self._partition, group=self._group)
+
+    def _end_step(self) -> None:
+        """`.grad` is None afterwards: no rank has the whole reduced gradient."""
+        self._optimizer._opt_called = True  # what torch's schedulers look at to see that a step came first
+        for parameter in self._parameters:
+            parameter.grad = None
+
 
 def _chunks_of(parameter: torch.Tensor) -> int:
     return -(-parameter.numel() // CHUNK_ELEMENTS)
-
-
-def _first_places(optimizer: NativeOptimizer) -> dict[nn.Parameter, int]:
-    """For each parameter the place of its first chunk among all terms of the norm."""
-    places, position = {}, 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            places[parameter] = position
-            position += _chunks_of(parameter)
-    return places
-
-
-def _chunk_rows(
-    bucket: BucketMemory, places: Mapping[nn.Parameter, int], first: int, end: int
-) -> torch.Tensor:
-    """(first element, number of elements, place) of those chunks of the bucket that begin in [first, end)."""
-    begin, rows = int(bucket.gradients.storage_offset()), []
-    for place in bucket.places:
-        slot_first = int(place.gradient.storage_offset()) - begin
-        slot_end = slot_first + place.gradient.numel()
-        if place.parameter not in places:
-            continue  # the optimizer does not step it, so the norm leaves it out
-        for number, start in enumerate(range(slot_first, slot_end, CHUNK_ELEMENTS)):
-            if first <= start < end:
-                rows.append((start, min(CHUNK_ELEMENTS, slot_end - start), places[place.parameter] + number))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)

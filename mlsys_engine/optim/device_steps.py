@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from mlsys_engine.optim.kernels import HYPER_COLUMNS, is_native, step_operator
-from mlsys_engine.optim.segments import ArenaSegments, LooseSegments, Row, Segments, total_chunks
+from mlsys_engine.optim.kernels import is_native, step_operator
+from mlsys_engine.optim.operands import DeviceLaunch, SentTable, device_hyper, hyper_table
+from mlsys_engine.optim.segments import ArenaSegments, LooseSegments, Row, Segments
 
 if TYPE_CHECKING:
     from mlsys_engine.optim.base import NativeOptimizer
@@ -80,40 +81,21 @@ class CudaStep:
 
     def __init__(self, optimizer: NativeOptimizer, rows: Sequence[Row]) -> None:
         self._cpu = CpuStep(optimizer, rows)  # the tables are made alike; only their copies travel
-        self._device = rows[0].parameter.device
-        self._sent: Tensor | None = None
-        self._sent_hyper: Tensor | None = None
-        self._table = torch.empty(0)
-        self._hyper = torch.zeros(
-            len(optimizer.param_groups), HYPER_COLUMNS, dtype=torch.float64, device=self._device
-        )
-        self._control = torch.zeros(2, dtype=torch.float64, device=self._device)
+        device = rows[0].parameter.device
+        self._launch, self._table = DeviceLaunch(optimizer, device), SentTable(device)
 
     def is_current(self) -> bool:
         return self._cpu.is_current()
 
     def bind(self, gradients: list[Tensor]) -> None:
         self._cpu.bind(gradients)
-        table = self._cpu.segments.table
-        if self._sent is None or not torch.equal(table, self._sent):
-            self._sent = table.clone()
-            self._table = table.to(self._device)
-            self._chunks = total_chunks(table)
+        self._table.send(self._cpu.segments.table)
 
     def run(self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
-        for slot, value in enumerate((grad_scale, skip)):
-            self._control[slot] = value
-        hyper = hyper_table(optimizer)
-        if self._sent_hyper is None or not torch.equal(hyper, self._sent_hyper):
-            self._sent_hyper = hyper
-            self._hyper.copy_(hyper)
-        for row, column, value in device_hyper(optimizer):
-            self._hyper[row, column] = value
-        self._cpu.advance(1.0 - self._control[1].float())
+        self._launch.prepare(optimizer, grad_scale, skip)
+        self._cpu.advance(self._launch.num_counted)
         self._cpu.prepare()
-        step_operator(optimizer.rule).device(
-            self._table, self._hyper, self._cpu.advance.counts, self._control, self._chunks
-        )
+        self._launch(self._table, self._cpu.advance.counts)
         self._cpu.finish()
 
 
@@ -163,29 +145,6 @@ class StepAdvance:
             self.counts += amount
         else:
             self.counts[self._index] += amount
-
-
-def hyper_table(optimizer: NativeOptimizer) -> Tensor:
-    """The groups' hyper-parameters now, one float64 row each, on the CPU; 0 for those on a device."""
-    rows = [
-        [0.0 if _is_on_device(value) else float(value) for value in optimizer.hyper_row(group)]
-        for group in optimizer.param_groups
-    ]
-    return torch.tensor([row + [0.0] * (HYPER_COLUMNS - len(row)) for row in rows], dtype=torch.float64)
-
-
-def device_hyper(optimizer: NativeOptimizer) -> list[tuple[int, int, Tensor]]:
-    """(row, column, value) of the hyper-parameters that live on a device and must not be waited for."""
-    return [
-        (row, column, value)
-        for row, group in enumerate(optimizer.param_groups)
-        for column, value in enumerate(optimizer.hyper_row(group))
-        if isinstance(value, Tensor) and _is_on_device(value)
-    ]
-
-
-def _is_on_device(value: float | Tensor) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def arena_segments(optimizer: NativeOptimizer, rows: Sequence[Row]) -> ArenaSegments | None:

@@ -22,7 +22,8 @@ def operators() -> Any:
     """`torch.ops.mlsys`, loaded. Raises NativeBuildError with what to type when it is not built."""
     load_kernels()
     torch.library.register_fake("mlsys::cast", _fake_cast)
-    torch.library.register_fake("mlsys::sum_of_squares", _fake_sum_of_squares)
+    for name in ("sum_of_squares", "chunk_squares", "add_terms"):
+        torch.library.register_fake(f"mlsys::{name}", _fake_into_out)
     return torch.ops.mlsys
 
 
@@ -40,5 +41,5 @@ def _fake_cast(input: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(input, dtype=dtype)
 
 
-def _fake_sum_of_squares(spans: Tensor, out: Tensor) -> None:
+def _fake_into_out(source: Tensor, out: Tensor) -> None:
     return None

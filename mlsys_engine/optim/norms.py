@@ -28,6 +28,22 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def squares_of_chunks(spans: Tensor, terms: Tensor) -> None:
+    """The terms of that sum, one for each chunk of CHUNK_ELEMENTS of each span in order, into `terms`.
+
+    `spans` is int64 [n, 2] on the CPU: addresses and lengths of float32 memory on the device of `terms`
+    (float64), which the caller keeps alive.
+    """
+    operators().chunk_squares(spans, terms)
+
+
+def sum_of_terms(terms: Tensor) -> Tensor:
+    """The sum of all terms in the order of `sum_of_squares`, whoever has made them; 0-d float64."""
+    out = torch.empty((), dtype=torch.float64, device=terms.device)
+    operators().add_terms(terms, out)
+    return out
+
+
 def clip_scale(sum_of_squares: Tensor, max_norm: float) -> Tensor:
     """What to multiply gradients by so that their norm is at most `max_norm`, as clip_grad_norm_ does.
 

@@ -19,9 +19,9 @@ from mlsys_engine.errors import CheckpointError
 from mlsys_engine.memory.flat_arena import FlatArena, Slot
 from mlsys_engine.memory.flat_shard import FlatShard
 from mlsys_engine.optim.base import NativeOptimizer
-from mlsys_engine.optim.device_steps import hyper_table
 from mlsys_engine.optim.kernels import SEGMENT_COLUMNS
-from mlsys_engine.optim.segments import FIRST_STATE_COLUMN, FLOAT_BYTES, fill_lengths
+from mlsys_engine.optim.operands import hyper_table, sent
+from mlsys_engine.optim.segments import FIRST_STATE_COLUMN, FLOAT_BYTES, GRAD_COLUMN, fill_lengths
 
 Gather = Callable[[Tensor], None]  # makes an arena-sized tensor whole, of which each rank has its own ranges
 
@@ -37,6 +37,7 @@ class _Owned:
     first: int  # elements of the parameter, [first, end)
     end: int
     base: int  # where its first owned element lies in a flat moment
+    range: int  # which of the rank's ranges it lies in
 
     @property
     def arena_first(self) -> int:
@@ -44,50 +45,64 @@ class _Owned:
 
 
 class OptimizerShard:
-    """Moments of the ranges of `params` that this rank owns (ascending, in elements); all step counts."""
+    """Moments of the ranges of `params` that this rank owns (ascending, in elements); all step counts.
+
+    Both lie on the device of `params`. `grads` has the layout of `params`.
+    """
 
     def __init__(
-        self, optimizer: NativeOptimizer, params: FlatArena, ranges: Sequence[tuple[int, int]]
+        self,
+        optimizer: NativeOptimizer,
+        params: FlatArena,
+        grads: FlatArena,
+        ranges: Sequence[tuple[int, int]],
     ) -> None:
-        self.optimizer, self.params = optimizer, params
+        self.optimizer, self.params, self.grads = optimizer, params, grads
         self.parameters = optimizer._parameters()
-        self.steps = torch.zeros(len(self.parameters), dtype=torch.float32)
+        self.steps = torch.zeros(len(self.parameters), dtype=torch.float32, device=params.data.device)
         self._num_owned = sum(end - first for first, end in ranges)
         self._moments: dict[str, Tensor] = {}
         self._names = [name for name, _ in _placed(optimizer, params)]
         self._owned = _owned(optimizer, params, ranges)
         self._ranges = tuple(ranges)
-        self._table: tuple[Any, Tensor] | None = None
+        self._segments: dict[int | None, Tensor] = {}
+        self._segments_key: Any = None
+        self._used = _Used(self.parameters, self.steps.device)
 
     @property
     def num_elements(self) -> int:
         """Elements of each moment on this rank, padding included."""
         return self._num_owned
 
-    def advance(self) -> None:
-        """Counts a step of the parameters that have a gradient."""
-        self.steps += torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.float32)
+    def advance(self, amount: float | Tensor = 1.0) -> None:
+        """Counts a step of the parameters that have a gradient; `amount` 0 makes it a skipped one."""
+        self.steps += self._used.mask() * amount
 
     def table(self) -> RuleTable:
-        """What the present step needs: parameters without a gradient are left out."""
-        used = tuple(parameter.grad is not None for parameter in self.parameters)
-        needs = tuple(self.optimizer.moment_names(group) for group in self.optimizer.param_groups)
-        # Neighbours share a row while they agree on their steps, which can change when the used ones do.
-        key = (used, needs)
-        if self._table is None or self._table[0] != key:
-            self._table = key, self._build(used, needs)
+        """What the present step needs, on the CPU: parameters without a gradient are left out."""
         return RuleTable(
             rule=self.optimizer.rule,
-            segments=self._table[1],
+            segments=self.segments(),
             hyper=hyper_table(self.optimizer),
             steps=self.steps,
             keep_alive=tuple(self._moments.values()),
         )
 
+    def segments(self, number: int | None = None) -> Tensor:
+        """The present step's rows of csrc/optim/segment.h, of range `number` or of all."""
+        used = self._used.flags()
+        needs = tuple(self.optimizer.moment_names(group) for group in self.optimizer.param_groups)
+        # Neighbours share a row while they agree on their steps, which can change when the used ones do.
+        if self._segments_key != (used, needs):
+            self._segments_key, self._segments = (used, needs), {}
+        if number not in self._segments:
+            self._segments[number] = self._build(used, needs, number)
+        return self._segments[number]
+
     def moment(self, name: str) -> Tensor:
         """The owned ranges of a moment, one after another; zero-filled at the first call."""
         if name not in self._moments:
-            self._moments[name] = torch.zeros(self._num_owned, dtype=torch.float32)
+            self._moments[name] = torch.zeros(self._num_owned, dtype=torch.float32, device=self.steps.device)
         return self._moments[name]
 
     def state(self, gather: Gather | None = None) -> dict[str, dict[str, Any]]:
@@ -139,7 +154,7 @@ class OptimizerShard:
                 self.steps[owned.step_index] = float(present)
             for moment in moments:
                 _copy(name, moment, values.get(moment), self._part(owned, moment))
-        self._table = None
+        self._segments_key = None
 
     def _part(self, owned: _Owned, moment: str) -> FlatShard:
         numel = owned.end - owned.first
@@ -155,13 +170,14 @@ class OptimizerShard:
         gather(flat)
         return flat
 
-    def _build(self, used: Sequence[bool], needs: Sequence[Sequence[str]]) -> Tensor:
-        """Rows of csrc/optim/segment.h: runs of neighbours of one group and one step count."""
+    def _build(self, used: Sequence[bool], needs: Sequence[Sequence[str]], number: int | None) -> Tensor:
+        """Runs of neighbours of one group and one step count."""
+        steps = self.steps.tolist()
         runs: list[list[_Owned]] = []
         for owned in self._owned:
-            if not used[owned.step_index] or owned.first == owned.end:
+            if not used[owned.step_index] or owned.first == owned.end or number not in (None, owned.range):
                 continue
-            if runs and self._continues(runs[-1][-1], owned):
+            if runs and _continues(runs[-1][-1], owned, steps):
                 runs[-1].append(owned)
             else:
                 runs.append([owned])
@@ -170,6 +186,7 @@ class OptimizerShard:
         for index, run in enumerate(runs):
             first, last = run[0], run[-1]
             table[index, 0] = self.params.data.data_ptr() + first.arena_first * FLOAT_BYTES
+            table[index, GRAD_COLUMN] = self.grads.data.data_ptr() + first.arena_first * FLOAT_BYTES
             for column, moment in enumerate(needs[first.group]):
                 address = self.moment(moment).data_ptr() + first.base * FLOAT_BYTES
                 table[index, FIRST_STATE_COLUMN + column] = address
@@ -177,17 +194,36 @@ class OptimizerShard:
         fill_lengths(table, lengths, [run[0].group for run in runs], [run[0].step_index for run in runs])
         return table
 
-    def _continues(self, before: _Owned, owned: _Owned) -> bool:
-        # The same distance in the arena and in the moments: nothing but padding lies between, which is zero
-        # everywhere and stays zero.
-        return (
-            owned.arena_first - before.arena_first == owned.base - before.base
-            and before.end == before.slot.numel
-            and owned.first == 0
-            and owned.slot.offset - before.slot.end < SEGMENT_PADDING
-            and owned.group == before.group
-            and bool(self.steps[owned.step_index] == self.steps[before.step_index])
-        )
+
+class _Used:
+    """Which parameters have a gradient now."""
+
+    def __init__(self, parameters: Sequence[Tensor], device: torch.device) -> None:
+        self._parameters, self._device = parameters, device
+        self._mask: tuple[tuple[bool, ...], Tensor] | None = None
+
+    def flags(self) -> tuple[bool, ...]:
+        return tuple(parameter.grad is not None for parameter in self._parameters)
+
+    def mask(self) -> Tensor:
+        """The flags as float32 on the device, sent again only when they have changed."""
+        flags = self.flags()
+        if self._mask is None or self._mask[0] != flags:
+            self._mask = flags, sent(torch.tensor(flags, dtype=torch.float32), self._device)
+        return self._mask[1]
+
+
+def _continues(before: _Owned, owned: _Owned, steps: Sequence[float]) -> bool:
+    # The same distance in the arena and in the moments: nothing but padding lies between, which is zero
+    # everywhere and stays zero.
+    return (
+        owned.arena_first - before.arena_first == owned.base - before.base
+        and before.end == before.slot.numel
+        and owned.first == 0
+        and owned.slot.offset - before.slot.end < SEGMENT_PADDING
+        and owned.group == before.group
+        and steps[owned.step_index] == steps[before.step_index]
+    )
 
 
 SEGMENT_PADDING = 16  # elements: slots begin on 64 bytes, so less than this lies between neighbours
@@ -233,6 +269,7 @@ def _owned(optimizer: NativeOptimizer, params: FlatArena, ranges: Sequence[tuple
                 first=first,
                 end=end,
                 base=start,
+                range=current,
             )
         )
     return result

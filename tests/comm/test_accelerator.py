@@ -127,6 +127,29 @@ def _messages(group, rank, world_size):
         assert first.tolist() == [7, 7]
 
 
+def _sharded(outer, rank, world_size):
+    # Two rows of equal parts, with an element of nobody between them and an empty row.
+    data = torch.arange(9.0) + 100 * rank
+    partition = [0, 2, 4, 4, 4, 4, 5, 7, 9]
+    outer.reduce_shard(data, partition, None, None, True).wait()
+    mine = [*range(2 * rank, 2 * rank + 2), *range(5 + 2 * rank, 7 + 2 * rank)]
+    summed = [2.0 * element + 100 if element in mine else element + 100 * rank for element in range(9)]
+    assert data.tolist() == summed
+    outer.share_shards(data, partition, True).wait()
+    assert data.tolist() == [4 + 100 * rank if element == 4 else 2.0 * element + 100 for element in range(9)]
+    # Unequal ones go to the list forms, which this inner backend refuses where NCCL does not.
+    with pytest.raises(UserError, match=r"reduce_scatter of .*was given tensors of"):
+        outer.reduce_shard(data, [0, 1, 9], None, None, True)
+    with pytest.raises(UserError, match=r"all_gather of .*was given tensors of"):
+        outer.share_shards(data, [0, 1, 9], True)
+    for bad in ([0, 1], [0, 5, 4], [0, 5, 10]):
+        with pytest.raises(UserError, match=r"partition of \d offsets that does not fit 9 elements"):
+            outer.share_shards(data, bad, True)
+    chunks, sums = torch.tensor([[0, 1, 0]]), torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(UserError, match="given chunks and a tensor on cpu"):
+        outer.reduce_shard(data, [0, 4, 8], chunks, sums, True)
+
+
 def _everything_forwarded(rank, world_size):
     inners = []
 
@@ -139,6 +162,7 @@ def _everything_forwarded(rank, world_size):
     _messages(group, rank, world_size)
     _reductions(group, rank, world_size)
     _movements(group, rank, world_size)
+    _sharded(outer, rank, world_size)
     dist.barrier(group=group, device_ids=[0])  # which names a device of the accelerator
     assert len(inners) == 1
     assert inners[0].counters()["operations"] >= 16

@@ -3,72 +3,27 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from mlsys_engine import comm, optim, strategies
 from mlsys_engine.errors import ConfigError, PeerFailedError
 from mlsys_engine.memory.flat_shard import FlatShard
-from tests.data_parallel.models import mlp, pairs, squared_error
-
-ADAMW = functools.partial(optim.AdamW, lr=0.05, weight_decay=0.1)
-MOMENTUM = functools.partial(optim.SGD, lr=0.05, momentum=0.9, dampening=0.1, weight_decay=0.01)
-STEPS = 20
-
-
-class Uneven(nn.Module):
-    """Sizes that divide by nothing: a tensor of many chunks, some below one, a scalar, an empty one."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(4, 1237), nn.Linear(1237, 11)
-        self.last = nn.Linear(11, 2)
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.nothing = nn.Parameter(torch.zeros(0, 3))
-        self.unused = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.last(torch.tanh(self.second(torch.tanh(self.first(x))))) * self.scale + self.nothing.sum()
-
-
-def _groups(kind, named):
-    """Three groups: no decay for biases, and the last layer left out altogether."""
-    kept = [(name, parameter) for name, parameter in named if not name.startswith("last.")]
-    return kind([
-        {"params": [pair for pair in kept if not pair[0].endswith("bias")], "weight_decay": 0.2},
-        {"params": [pair for pair in kept if pair[0].endswith("bias")], "weight_decay": 0.0, "lr": 0.01},
-    ])  # fmt: skip
-
-
-def _wrap(model, shard, optimizer=ADAMW, bucket_mib=0.01, **options):
-    strategy = strategies.DataParallel(shard=shard, bucket_mib=bucket_mib)
-    return strategies.wrap(model, optimizer=optimizer, loss=squared_error, strategy=strategy, **options)
-
-
-def _weights(model):
-    return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
-
-
-def _trained(rank, world_size, shard, optimizer, max_grad_norm):
-    """20 steps with two microbatches, of which rank 0 lacks one; a schedule; a step that is skipped."""
-    model = Uneven()
-    runner = _wrap(model, shard, optimizer, sample=pairs(1), max_grad_norm=max_grad_norm)
-    schedule = torch.optim.lr_scheduler.LambdaLR(runner.optimizer, lambda step: 1.0 / (1 + step))
-    results = []
-    for step in range(STEPS):
-        batches = [pairs(rank + 1, seed=10 * step + part) for part in range(1 if rank == 0 else 2)]
-        if step == 7 and rank == world_size - 1:
-            batches[0][0].fill_(math.inf)
-        result = runner.step(batches)
-        schedule.step()
-        results.append((result.loss.item(), result.grad_norm.item(), bool(result.skipped)))
-    grads = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return results, _weights(model), grads
+from tests.data_parallel.models import mlp, pairs
+from tests.data_parallel.sharding import (
+    ADAMW,
+    MOMENTUM,
+    STEPS,
+    Uneven,
+    assert_same_state,
+    groups,
+    resume,
+    train,
+    weights_of,
+    wrap,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +31,7 @@ def _trained(rank, world_size, shard, optimizer, max_grad_norm):
     [
         (2, ADAMW, 0.5),
         (3, ADAMW, None),
-        (4, functools.partial(_groups, ADAMW), 0.5),
+        (4, functools.partial(groups, ADAMW), 0.5),
         (2, MOMENTUM, None),
         (3, functools.partial(optim.SGD, lr=0.05), 0.5),
     ],
@@ -85,8 +40,8 @@ def _trained(rank, world_size, shard, optimizer, max_grad_norm):
 def test_sharded_training_gives_the_bits_of_unsharded_training(
     run_ranks, world_size, optimizer, max_grad_norm
 ):
-    whole = run_ranks(_trained, world_size, "none", optimizer, max_grad_norm)
-    parts = run_ranks(_trained, world_size, "optimizer", optimizer, max_grad_norm)
+    whole = run_ranks(train, world_size, "none", optimizer, max_grad_norm)
+    parts = run_ranks(train, world_size, "optimizer", optimizer, max_grad_norm)
     for results, weights, grads in parts:
         # nan and inf compare as text
         assert str(results) == str(whole[0][0])
@@ -97,7 +52,7 @@ def test_sharded_training_gives_the_bits_of_unsharded_training(
 
 def _sizes(rank, world_size):
     model = Uneven()
-    runner = _wrap(model, "optimizer", sample=pairs(1))
+    runner = wrap(model, "optimizer", sample=pairs(1))
     runner.step([pairs(2, seed=rank)])
     state = runner.state_dict()["optimizer"]["state"]
     held = {
@@ -129,60 +84,21 @@ def test_each_rank_holds_its_part_of_the_moments_and_together_they_hold_all(run_
         assert (ranges[-1][1] if ranges else 0) == numel
 
 
-def _resumed(rank, world_size, shard, state, steps):
-    model = Uneven()
-    runner = _wrap(model, shard, MOMENTUM if state is not None and "sgd" in state else ADAMW, sample=pairs(1))
-    if state is not None and "model" in state:
-        runner.load_state_dict({
-            "model": {name: torch.from_numpy(value) for name, value in state["model"].items()},
-            "optimizer": {
-                "state": {
-                    name: {key: torch.from_numpy(value) for key, value in values.items()}
-                    for name, values in state["optimizer"]["state"].items()
-                },
-                "param_groups": state["optimizer"]["param_groups"],
-            },
-        })  # fmt: skip
-    for step in range(steps):
-        runner.step([pairs(2, seed=1000 * steps + 10 * step)] if rank == 0 else [])
-    full = runner.state_dict(full=True)
-    return {
-        "model": {name: value.numpy() for name, value in full["model"].items()},
-        "optimizer": {
-            "state": {
-                name: {key: value.numpy() for key, value in values.items()}
-                for name, values in full["optimizer"]["state"].items()
-            },
-            "param_groups": full["optimizer"]["param_groups"],
-        },
-    }
-
-
-def _assert_same_state(left, right):
-    assert left["model"].keys() == right["model"].keys()
-    assert all(np.array_equal(value, right["model"][name]) for name, value in left["model"].items())
-    assert left["optimizer"]["state"].keys() == right["optimizer"]["state"].keys()
-    for name, values in left["optimizer"]["state"].items():
-        other = right["optimizer"]["state"][name]
-        assert values.keys() == other.keys()
-        assert all(np.array_equal(value, other[key]) for key, value in values.items()), name
-
-
 def test_full_state_goes_from_layout_to_layout_without_a_change(run_ranks):
     # Only rank 0 has samples, so that the sums are the same on any number of ranks.
     layouts = [("none", 1), ("optimizer", 2), ("optimizer", 4), ("none", 2), ("optimizer", 3)]
     state = None
     for shard, world_size in layouts:
-        ranks = run_ranks(_resumed, world_size, shard, state, 3)
+        ranks = run_ranks(resume, world_size, shard, state, 3)
         for other in ranks[1:]:
-            _assert_same_state(other, ranks[0])
+            assert_same_state(other, ranks[0])
         if state is not None:
-            _assert_same_state(ranks[0], run_ranks(_resumed, 1, "none", state, 3)[0])
+            assert_same_state(ranks[0], run_ranks(resume, 1, "none", state, 3)[0])
         state = ranks[0]
 
 
 def _foreign_shard(rank, world_size):
-    runner = _wrap(Uneven(), "optimizer", sample=pairs(1))
+    runner = wrap(Uneven(), "optimizer", sample=pairs(1))
     runner.step([pairs(2)])
     state = runner.state_dict()
     values = state["optimizer"]["state"]["first.weight"]
@@ -202,8 +118,8 @@ def test_a_part_of_another_layout_is_refused_with_the_way_out(run_ranks):
 @pytest.mark.parametrize("locality", ["0,0,1,1", "0,1,2,3", "0,0,0,1"])
 def test_over_several_hosts_all_ranks_agree_and_stay_close_to_the_unsharded_sums(run_ranks, locality):
     env = {"MLSYS_LOCALITY": locality}
-    whole = run_ranks(_trained, 4, "none", ADAMW, 0.5, env=env)
-    parts = run_ranks(_trained, 4, "optimizer", ADAMW, 0.5, env=env)
+    whole = run_ranks(train, 4, "none", ADAMW, 0.5, env=env)
+    parts = run_ranks(train, 4, "optimizer", ADAMW, 0.5, env=env)
     for results, weights, _ in parts:
         assert str(results) == str(parts[0][0])
         assert all(np.array_equal(weights[name], parts[0][1][name]) for name in weights)
@@ -216,13 +132,13 @@ def test_over_several_hosts_all_ranks_agree_and_stay_close_to_the_unsharded_sums
 def _without_arena(rank, world_size):
     # Rank 1 fills its arena of 1 MiB, so its parameters and gradients are private; rank 0's are shared.
     held = comm.empty(260_000) if rank == 1 else None
-    trained = _trained(rank, world_size, "optimizer", ADAMW, 0.5)
+    trained = train(rank, world_size, "optimizer", ADAMW, 0.5)
     del held
     return trained
 
 
 def test_without_room_in_the_arena_the_bits_are_the_same(run_ranks):
-    whole = run_ranks(_trained, 2, "none", ADAMW, 0.5)
+    whole = run_ranks(train, 2, "none", ADAMW, 0.5)
     for results, weights, _ in run_ranks(_without_arena, 2, env={"MLSYS_ARENA_MIB": "1"}):
         assert str(results) == str(whole[0][0])
         assert all(np.array_equal(weights[name], whole[0][1][name]) for name in weights)
@@ -230,7 +146,7 @@ def test_without_room_in_the_arena_the_bits_are_the_same(run_ranks):
 
 def _refused(rank, world_size):
     try:
-        _wrap(mlp(), "optimizer", functools.partial(torch.optim.AdamW, lr=0.1), sample=pairs(1))
+        wrap(mlp(), "optimizer", functools.partial(torch.optim.AdamW, lr=0.1), sample=pairs(1))
     except ConfigError as error:
         return str(error)
 
@@ -248,10 +164,10 @@ def test_a_model_of_another_dtype_is_refused_when_it_is_planned():
 def _alone(rank, world_size):
     model, other = mlp(), mlp()
     for trained, shard in ((model, "optimizer"), (other, "none")):
-        runner = _wrap(trained, shard, sample=pairs(1), max_grad_norm=1.0)
+        runner = wrap(trained, shard, sample=pairs(1), max_grad_norm=1.0)
         for step in range(3):
             runner.step([pairs(4, seed=step)])
-    return all(np.array_equal(value, _weights(other)[name]) for name, value in _weights(model).items())
+    return all(np.array_equal(value, weights_of(other)[name]) for name, value in weights_of(model).items())
 
 
 def test_a_world_of_one_trains_as_ever(run_ranks):
@@ -260,7 +176,7 @@ def test_a_world_of_one_trains_as_ever(run_ranks):
 
 def _bereaved(rank, world_size, runner_steps):
     model = Uneven()
-    runner = _wrap(model, "optimizer", sample=pairs(1))
+    runner = wrap(model, "optimizer", sample=pairs(1))
     for step in range(runner_steps):
         runner.step([pairs(2, seed=step)])
     if rank == 1:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlsys_engine.optim import norms
 from mlsys_engine.optim.kernels import is_native
 from tests.optim import arenas
 from tests.optim.variants import every_variant, make
@@ -53,3 +54,12 @@ def test_cuda_norm_is_deterministic_and_close_to_the_cpus() -> None:
     exact = sum(p.grad.double().square().sum().item() for p in params if p.grad is not None)
     num = sum(parameter.numel() for parameter in params)
     assert abs(first - exact) <= 2 * num * 2.0**-53 * exact  # positive terms, num roundings a side
+
+
+def test_cuda_terms_by_chunk_add_up_to_the_norm_to_the_bit() -> None:
+    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in SHAPES]
+    spans = torch.tensor([[parameter.data_ptr(), parameter.numel()] for parameter in params])
+    num_terms = sum(-(-parameter.numel() // 4096) for parameter in params)
+    terms = torch.empty(num_terms, dtype=torch.float64, device="cuda")
+    norms.squares_of_chunks(spans, terms)
+    assert norms.sum_of_terms(terms).item() == norms.sum_of_squares([p.detach() for p in params]).item()

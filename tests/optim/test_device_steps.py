@@ -1,39 +1,18 @@
-"""The device side of a step without a device: what the launch is given, played back on the CPU."""
+"""The device side of a step without a device: the CPU has the operators that a launch calls on one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from mlsys_engine.optim import device_steps, kernels, plan
-from mlsys_engine.optim.segments import total_chunks
+from mlsys_engine.optim import device_steps, plan
+from mlsys_engine.optim.operands import DeviceLaunch, SentTable
 from tests.optim import arenas
 from tests.optim.variants import every_variant, make
 
 SHAPES = ((3, 5), (0,), (17,), (5000,))
-
-
-class Launch:
-    """Stands for the operator's `device` overload: reads skip and scale from `control` like the kernel."""
-
-    def __init__(self, rule: str) -> None:
-        self._operator: Callable[..., None] = kernels.step_operator(rule)
-
-    def device(
-        self,
-        table: torch.Tensor,
-        hyper: torch.Tensor,
-        steps: torch.Tensor,
-        control: torch.Tensor,
-        chunks: int,
-    ) -> None:
-        assert chunks == total_chunks(table)
-        assert control.dtype == hyper.dtype == torch.float64
-        if control[1] == 0:
-            self._operator(table, hyper, steps, control[0].item())
 
 
 @pytest.mark.parametrize("adopted", [False, True])
@@ -54,8 +33,26 @@ def test_device_step_gives_the_launch_what_the_cpu_step_uses(
             optimizer.param_groups[0]["lr"] = rate / (step + 1)
         on_cpu.step_scaled(grad_scale=0.5)
         with monkeypatch.context() as patch:
-            patch.setattr(device_steps, "step_operator", Launch)
             patch.setattr(plan, "make_device_step", lambda o, device, rows: device_steps.CudaStep(o, rows))
             on_device.step_scaled(grad_scale=torch.tensor(0.5), skip=False)
     for a, (_, b) in zip(plain, named, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_skipped_launch_changes_neither_parameters_nor_step_counts() -> None:
+    named, params, grads = arenas.build(SHAPES)
+    optimizer = make("adamw", named, {"lr": 0.1})
+    optimizer.adopt(params, grads)
+    arenas.fill_gradients([parameter for _, parameter in named], seed=0)
+    optimizer.step()
+    table, launch = SentTable(params.data.device), DeviceLaunch(optimizer, params.data.device)
+    rows = plan.StepPlan(optimizer, [p for _, p in named], [False] * len(named))._parts[0][1]
+    assert isinstance(rows, device_steps.CpuStep)
+    rows.bind([p.grad for _, p in named if p.grad is not None])
+    table.send(rows.segments.table)
+    before = params.data.clone()
+    for skip in (True, False):
+        launch.prepare(optimizer, 1.0, torch.tensor(skip))
+        assert launch.num_counted == (0.0 if skip else 1.0)
+        launch(table, rows.advance.counts)
+        assert torch.equal(before, params.data) == skip

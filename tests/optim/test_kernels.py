@@ -33,6 +33,31 @@ def test_sum_of_squares_operator_passes_torchs_operator_checks() -> None:
     )
 
 
+def test_the_halves_of_the_sum_of_squares_pass_torchs_operator_checks() -> None:
+    data = torch.randn(CHUNK_ELEMENTS + 10)
+    spans = torch.tensor([[data.data_ptr(), data.numel()]])
+    for operator, arguments in (
+        (operators().chunk_squares, (spans, torch.empty(2, dtype=torch.float64))),
+        (operators().add_terms, (torch.ones(3, dtype=torch.float64), torch.empty((), dtype=torch.float64))),
+    ):
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_chunk_squares_refuses_another_number_of_terms_than_chunks() -> None:
+    data = torch.zeros(CHUNK_ELEMENTS + 1)
+    spans = torch.tensor([[data.data_ptr(), data.numel()]])
+    with pytest.raises(RuntimeError, match=r"chunk_squares: out is Double \[1\].* 2 elements are expected"):
+        operators().chunk_squares(spans, torch.empty(1, dtype=torch.float64))
+
+
+def test_a_launch_with_another_number_of_chunks_than_its_table_is_refused() -> None:
+    table, control = torch.zeros(0, SEGMENT_COLUMNS, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
+    hyper = torch.zeros(1, HYPER_COLUMNS, dtype=torch.float64)
+    operators().adamw_step.device(table, hyper, torch.ones(1), control, 0)
+    with pytest.raises(RuntimeError, match="has 0 chunks and total_chunks is 1"):
+        operators().adamw_step.device(table, hyper, torch.ones(1), control, 1)
+
+
 def test_an_empty_table_is_a_step_of_nothing() -> None:
     empty_step()
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mlsys_engine.optim import SGD, AdamW, clip_scale, reference, sum_of_squares
+from mlsys_engine.optim import SGD, AdamW, clip_scale, norms, reference, sum_of_squares
 from tests.optim.variants import EPSILON
 
 LENGTHS = (0, 1, 31, 32, 33, 4095, 4096, 4097, 10_001)
@@ -26,6 +26,18 @@ def test_many_tensors_add_up_in_order_and_empty_ones_do_not_matter() -> None:
     assert total.item() == 0.0
     assert total.dtype == torch.float64
     assert total.shape == ()
+
+
+def test_terms_by_chunk_add_up_to_the_sum_to_the_bit_whoever_has_made_them() -> None:
+    tensors = [torch.randn(length) for length in LENGTHS]
+    spans = torch.tensor([[tensor.data_ptr(), tensor.numel()] for tensor in tensors])
+    terms = torch.empty(sum(-(-length // 4096) for length in LENGTHS), dtype=torch.float64)
+    half = len(LENGTHS) // 2
+    first = sum(-(-length // 4096) for length in LENGTHS[:half])
+    norms.squares_of_chunks(spans[half:], terms[first:])
+    norms.squares_of_chunks(spans[:half], terms[:first])
+    assert norms.sum_of_terms(terms).item() == sum_of_squares(tensors).item()
+    assert norms.sum_of_terms(terms[:0]).item() == 0.0
 
 
 def test_unaligned_strided_and_column_major_tensors_are_summed_whole() -> None:

@@ -1,6 +1,7 @@
 // The sharded updates of the process group, beyond what c10d knows. See mlsys_engine/comm/sharded.py.
 #include <utility>
 
+#include "bindings/comm/accelerator_sharded.h"
 #include "bindings/comm/failures.h"
 #include "bindings/comm/process_group.h"
 #include "bindings/comm/reduction.h"
@@ -18,7 +19,6 @@ namespace {
 constexpr std::chrono::milliseconds kGroupTimeout{-1};
 
 void check_flat_float(const at::Tensor& tensor, const char* name, const Where& where) {
-  check_tensor(tensor, where);
   if (tensor.dim() == 1 && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat) return;
   throw Refused(where + " was given " + name + " of " + std::to_string(tensor.dim()) +
                     " dimensions and dtype " + c10::toString(tensor.scalar_type()) + ".",
@@ -63,6 +63,16 @@ WorkPtr ProcessGroupMlsys::reduce_shard(const at::Tensor& data, std::vector<size
                                         const at::Tensor& chunks, const at::Tensor& sums, bool async) {
   constexpr Call kCall{OpType::UNKNOWN, "reduce_shard", "mlsys:reduce_shard"};
   const auto here = where(kCall.name);
+  if (auto* backend = elsewhere(kCall, data)) {
+    check_flat_float(data, "data", here);
+    if (chunks.defined()) {
+      throw Refused(here + " was given chunks and a tensor on " + data.device().str() + ".",
+                    "Squares are taken on the way of CPU tensors alone.",
+                    "Wait for the Work, then call mlsys_engine.optim.squares_of_chunks.");
+    }
+    return reduce_rows(*backend, data, rows_of(data, partition, getSize(), here));
+  }
+  check_tensor(data, here);
   check_flat_float(data, "data", here);
   if (chunks.defined()) {
     const int64_t count = chunks.numel() / 3;
@@ -90,6 +100,8 @@ WorkPtr ProcessGroupMlsys::fused_step(const at::Tensor& gradients, const at::Ten
   constexpr Call kCall{OpType::UNKNOWN, "reduce_scatter_optimize_all_gather",
                        "mlsys:reduce_scatter_optimize_all_gather"};
   const auto here = where(kCall.name);
+  check_tensor(gradients, here);
+  check_tensor(parameters, here);
   check_flat_float(gradients, "gradients", here);
   check_flat_float(parameters, "parameters", here);
   if (gradients.numel() != parameters.numel()) {
@@ -111,6 +123,11 @@ WorkPtr ProcessGroupMlsys::fused_step(const at::Tensor& gradients, const at::Ten
 WorkPtr ProcessGroupMlsys::share_shards(const at::Tensor& data, std::vector<size_t> partition, bool async) {
   constexpr Call kCall{OpType::UNKNOWN, "share_shards", "mlsys:share_shards"};
   const auto here = where(kCall.name);
+  if (auto* backend = elsewhere(kCall, data)) {
+    check_flat_float(data, "data", here);
+    return share_rows(*backend, data, rows_of(data, partition, getSize(), here));
+  }
+  check_tensor(data, here);
   check_flat_float(data, "data", here);
   for (size_t& bound : partition) bound *= sizeof(float);  // as bytes, which move unchanged
   return enqueue(kCall, {data}, {data}, kGroupTimeout, async, share_shards_body(data, std::move(partition)));

@@ -7,6 +7,8 @@
 
 #include <string>
 
+#include "optim/launch.h"
+
 namespace mlsys::bindings {
 
 using torch::headeronly::ScalarType;
@@ -32,13 +34,35 @@ inline void check_flat(const Tensor& tensor, ScalarType dtype, const char* op, c
                   " tensor is expected. Convert it with .to(...).contiguous() before the call.");
 }
 
-// The arguments of sum_of_squares: a table of addresses and lengths, and where the sum goes.
-inline void check_spans(const Tensor& spans, const Tensor& out, bool on_cpu) {
-  check_flat(spans, ScalarType::Long, "sum_of_squares", "spans");
-  check_flat(out, ScalarType::Double, "sum_of_squares", "out", on_cpu);
-  STD_TORCH_CHECK(spans.dim() == 2 && spans.size(1) == 2 && out.numel() == 1, "sum_of_squares: spans is ",
-                  describe(spans), " and out is ", describe(out),
-                  ". [arrays, 2] and one element are expected. Call mlsys_engine.optim.sum_of_squares.");
+// `spans` is int64 [n, 2]: address and length of float32 arrays, FloatSpan in memory, on the CPU.
+inline const FloatSpan* spans_of(const Tensor& spans) {
+  return static_cast<const FloatSpan*>(spans.const_data_ptr());
+}
+
+inline void check_span_table(const char* name, const Tensor& spans) {
+  check_flat(spans, ScalarType::Long, name, "spans");
+  STD_TORCH_CHECK(spans.dim() == 2 && spans.size(1) == 2, name, ": spans is ", describe(spans),
+                  ". [arrays, 2] is expected. Call mlsys_engine.optim.sum_of_squares.");
+}
+
+inline int64_t num_terms(const Tensor& spans) {
+  check_span_table("num_terms", spans);
+  return mlsys::num_terms(spans_of(spans), spans.size(0));
+}
+
+// A table of addresses and lengths, and where `count` results go.
+inline void check_spans(const char* name, const Tensor& spans, const Tensor& out, int64_t count,
+                        bool on_cpu) {
+  check_span_table(name, spans);
+  check_flat(out, ScalarType::Double, name, "out", on_cpu);
+  STD_TORCH_CHECK(out.numel() == count, name, ": out is ", describe(out), ". ", count,
+                  " elements are expected: one, or one for each chunk of the arrays.");
+}
+
+inline void check_terms(const Tensor& terms, const Tensor& out, bool on_cpu) {
+  check_flat(terms, ScalarType::Double, "add_terms", "terms", on_cpu);
+  check_flat(out, ScalarType::Double, "add_terms", "out", on_cpu);
+  STD_TORCH_CHECK(out.numel() == 1, "add_terms: out is ", describe(out), ". One element is expected.");
 }
 
 }  // namespace mlsys::bindings

@@ -19,8 +19,7 @@ void torch_pool(int64_t num_tasks, int64_t grain, ParallelBody body, void* conte
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, num_tasks, grain, body, context));
 }
 
-template <void (*step)(const StepArguments&)>
-void step_table(const Tensor& table, const Tensor& hyper, const Tensor& steps, double grad_scale) {
+void check_table(const Tensor& table, const Tensor& hyper, const Tensor& steps) {
   check_flat(table, ScalarType::Long, "step", "table");
   check_flat(hyper, ScalarType::Double, "step", "hyper");
   check_flat(steps, ScalarType::Float, "step", "steps");
@@ -30,23 +29,54 @@ void step_table(const Tensor& table, const Tensor& hyper, const Tensor& steps, d
                   kSegmentColumns, "] and [rows, ", kHyperColumns,
                   "] are expected. Build them with mlsys_engine.optim.segments.");
   const auto* segments = static_cast<const Segment*>(table.const_data_ptr());
-  const int64_t num_segments = table.size(0);
-  for (int64_t i = 0; i < num_segments; ++i) {
+  for (int64_t i = 0; i < table.size(0); ++i) {
     STD_TORCH_CHECK(segments[i].hyper_row >= 0 && segments[i].hyper_row < hyper.size(0) &&
                         segments[i].step_index >= 0 && segments[i].step_index < steps.numel(),
                     "step: segment ", i, " names hyper row ", segments[i].hyper_row, " and step ",
                     segments[i].step_index, ". There are ", hyper.size(0), " rows and ", steps.numel(),
                     " steps. Build the table with mlsys_engine.optim.segments.");
   }
-  step({segments, num_segments, static_cast<const double*>(hyper.const_data_ptr()),
-        static_cast<const float*>(steps.const_data_ptr()), grad_scale, torch_pool});
 }
 
-// `spans` is int64 [n, 2]: address and length of float32 arrays, FloatSpan in memory.
+template <void (*step)(const StepArguments&)>
+void step_table(const Tensor& table, const Tensor& hyper, const Tensor& steps, double grad_scale) {
+  check_table(table, hyper, steps);
+  step({static_cast<const Segment*>(table.const_data_ptr()), table.size(0),
+        static_cast<const double*>(hyper.const_data_ptr()), static_cast<const float*>(steps.const_data_ptr()),
+        grad_scale, torch_pool});
+}
+
+// The same step under the contract of the kernels on a device: `control` is {grad_scale, skip}.
+template <void (*step)(const StepArguments&)>
+void step_table_by_control(const Tensor& table, const Tensor& hyper, const Tensor& steps,
+                           const Tensor& control, int64_t total_chunks) {
+  check_table(table, hyper, steps);
+  check_flat(control, ScalarType::Double, "step", "control");
+  STD_TORCH_CHECK(control.numel() == 2, "step: control is ", describe(control),
+                  ". [2] is expected: {grad_scale, skip}.");
+  const int64_t last = table.size(0) - 1;
+  const auto* segments = static_cast<const Segment*>(table.const_data_ptr());
+  const int64_t chunks = last < 0 ? 0 : segments[last].first_chunk + num_chunks(segments[last].numel);
+  STD_TORCH_CHECK(chunks == total_chunks, "step: the table has ", chunks, " chunks and total_chunks is ",
+                  total_chunks, ". They are equal. Count them with mlsys_engine.optim.segments.");
+  const auto* scalars = static_cast<const double*>(control.const_data_ptr());
+  if (scalars[1] == 0.0) step_table<step>(table, hyper, steps, scalars[0]);
+}
+
 void sum_of_squares_cpu(const Tensor& spans, const Tensor& out) {
-  check_spans(spans, out, /*on_cpu=*/true);
+  check_spans("sum_of_squares", spans, out, 1, /*on_cpu=*/true);
+  *static_cast<double*>(out.mutable_data_ptr()) = sum_of_squares(spans_of(spans), spans.size(0), torch_pool);
+}
+
+void chunk_squares_cpu(const Tensor& spans, const Tensor& terms) {
+  check_spans("chunk_squares", spans, terms, num_terms(spans), /*on_cpu=*/true);
+  chunk_squares(spans_of(spans), spans.size(0), static_cast<double*>(terms.mutable_data_ptr()), torch_pool);
+}
+
+void add_terms_cpu(const Tensor& terms, const Tensor& out) {
+  check_terms(terms, out, /*on_cpu=*/true);
   *static_cast<double*>(out.mutable_data_ptr()) =
-      sum_of_squares(static_cast<const FloatSpan*>(spans.const_data_ptr()), spans.size(0), torch_pool);
+      add_terms(static_cast<const double*>(terms.const_data_ptr()), terms.numel());
 }
 
 }  // namespace
@@ -54,8 +84,13 @@ void sum_of_squares_cpu(const Tensor& spans, const Tensor& out) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlsys, m) {
   m.def("sum_of_squares(Tensor spans, Tensor(a!) out) -> ()");
+  m.def("chunk_squares(Tensor spans, Tensor(a!) terms) -> ()");
+  m.def("add_terms(Tensor terms, Tensor(a!) out) -> ()");
   m.def("adamw_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
   m.def("sgd_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
+  m.def(
+      "adamw_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
+  m.def("sgd_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
   m.def("stream_probe_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
 }
 
@@ -63,7 +98,11 @@ STABLE_TORCH_LIBRARY_IMPL(mlsys, CPU, m) {
   using namespace mlsys;
   using namespace mlsys::bindings;
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares_cpu));
+  m.impl("chunk_squares", TORCH_BOX(&chunk_squares_cpu));
+  m.impl("add_terms", TORCH_BOX(&add_terms_cpu));
   m.impl("adamw_step", TORCH_BOX(&step_table<adamw_step>));
   m.impl("sgd_step", TORCH_BOX(&step_table<sgd_step>));
+  m.impl("adamw_step.device", TORCH_BOX(&step_table_by_control<adamw_step>));
+  m.impl("sgd_step.device", TORCH_BOX(&step_table_by_control<sgd_step>));
   m.impl("stream_probe_step", TORCH_BOX(&step_table<stream_probe_step>));
 }

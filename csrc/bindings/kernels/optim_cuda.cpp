@@ -40,24 +40,28 @@ void step_table_cuda(const Tensor& table, const Tensor& hyper, const Tensor& ste
 }
 
 // `spans` is on the CPU (its rows travel in the kernel's arguments), the arrays and `out` are on the device.
+void chunk_squares_cuda(const Tensor& spans, const Tensor& terms) {
+  check_spans("chunk_squares", spans, terms, num_terms(spans), /*on_cpu=*/false);
+  cuda::chunk_squares(spans_of(spans), spans.size(0), static_cast<double*>(terms.mutable_data_ptr()),
+                      current_stream(terms));
+}
+
+void add_terms_cuda(const Tensor& terms, const Tensor& out) {
+  check_terms(terms, out, /*on_cpu=*/false);
+  cuda::add_terms(static_cast<const double*>(terms.const_data_ptr()), terms.numel(),
+                  static_cast<double*>(out.mutable_data_ptr()), current_stream(out));
+}
+
 void sum_of_squares_cuda(const Tensor& spans, const Tensor& out) {
-  check_spans(spans, out, /*on_cpu=*/false);
-  const auto* arrays = static_cast<const FloatSpan*>(spans.const_data_ptr());
-  const int64_t count = spans.size(0);
-  Tensor partials = torch::stable::empty({cuda::num_partials(arrays, count)}, ScalarType::Double,
-                                         std::nullopt, out.device());
-  cuda::sum_of_squares(arrays, count, static_cast<double*>(partials.mutable_data_ptr()),
-                       static_cast<double*>(out.mutable_data_ptr()), current_stream(out));
+  check_spans("sum_of_squares", spans, out, 1, /*on_cpu=*/false);
+  const Tensor terms =
+      torch::stable::empty({num_terms(spans)}, ScalarType::Double, std::nullopt, out.device());
+  chunk_squares_cuda(spans, terms);
+  add_terms_cuda(terms, out);
 }
 
 }  // namespace
 }  // namespace mlsys::bindings
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mlsys, m) {
-  m.def(
-      "adamw_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
-  m.def("sgd_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(mlsys, CUDA, m) {
   using namespace mlsys;
@@ -65,5 +69,7 @@ STABLE_TORCH_LIBRARY_IMPL(mlsys, CUDA, m) {
   m.impl("adamw_step.device", TORCH_BOX(&step_table_cuda<cuda::adamw_step>));
   m.impl("sgd_step.device", TORCH_BOX(&step_table_cuda<cuda::sgd_step>));
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares_cuda));
+  m.impl("chunk_squares", TORCH_BOX(&chunk_squares_cuda));
+  m.impl("add_terms", TORCH_BOX(&add_terms_cuda));
 }
 #endif  // USE_CUDA

@@ -2,9 +2,9 @@
 // GPU.
 //
 // Arrays travel in the kernel's arguments, kSpansPerLaunch at a time, so no table is copied to the device and
-// the launches can be captured. One block sums one chunk into one partial by a binary tree over its threads;
-// a last launch of one block adds the partials, thread t taking partials t, t + kThreads, ... in turn, then
-// the same tree. Inf gives inf, nan gives nan. The CPU adds in another order, so the two agree to about
+// the launches can be captured. One block sums one chunk into one term by a binary tree over its threads; a
+// last launch of one block adds the terms, thread t taking terms t, t + kThreads, ... in turn, then the same
+// tree. Inf gives inf, nan gives nan. The CPU adds in another order, so the two agree to about
 // 1e-15, not in bits.
 #include "optim/cuda/step.cuh"
 
@@ -30,7 +30,7 @@ __device__ double block_sum(double value) {
   return lanes[0];
 }
 
-__global__ void __launch_bounds__(kThreads) chunk_sums(SpanBatch batch, double* partials) {
+__global__ void __launch_bounds__(kThreads) chunk_sums(SpanBatch batch, double* terms) {
   const int64_t chunk = blockIdx.x;
   int span = 0;
   while (span + 1 < batch.num_spans && batch.first_chunk[span + 1] <= chunk) ++span;
@@ -43,28 +43,19 @@ __global__ void __launch_bounds__(kThreads) chunk_sums(SpanBatch batch, double* 
     sum += value * value;
   }
   sum = block_sum(sum);
-  if (threadIdx.x == 0) partials[chunk] = sum;
+  if (threadIdx.x == 0) terms[chunk] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    add_partials(const double* partials, int64_t count, double* result) {
+__global__ void __launch_bounds__(kThreads) add_all(const double* terms, int64_t count, double* result) {
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partials[i];
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += terms[i];
   sum = block_sum(sum);
   if (threadIdx.x == 0) *result = sum;
 }
 
 }  // namespace
 
-int64_t num_partials(const FloatSpan* spans, int64_t num_spans) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < num_spans; ++i) total += num_chunks(spans[i].numel);
-  return total;
-}
-
-void sum_of_squares(const FloatSpan* spans, int64_t num_spans, double* partials, double* result,
-                    void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, void* stream) {
   int64_t written = 0;
   for (int64_t i = 0; i < num_spans;) {
     SpanBatch batch{};
@@ -76,12 +67,16 @@ void sum_of_squares(const FloatSpan* spans, int64_t num_spans, double* partials,
     }
     const int64_t chunks = batch.first_chunk[batch.num_spans];
     if (chunks == 0) continue;
-    chunk_sums<<<static_cast<unsigned>(chunks), kThreads, 0, cuda_stream>>>(batch, partials + written);
-    check_launch("sum_of_squares");
+    chunk_sums<<<static_cast<unsigned>(chunks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        batch, terms + written);
+    check_launch("chunk_squares");
     written += chunks;
   }
-  add_partials<<<1, kThreads, 0, cuda_stream>>>(partials, written, result);
-  check_launch("sum_of_squares");
+}
+
+void add_terms(const double* terms, int64_t count, double* result, void* stream) {
+  add_all<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(terms, count, result);
+  check_launch("add_terms");
 }
 
 }  // namespace mlsys::cuda
