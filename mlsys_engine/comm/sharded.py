@@ -2,7 +2,8 @@
 
 A partition is a flat sequence of rows of world_size + 1 ascending element offsets, equal on all ranks: rank r
 owns [row[r], row[r + 1]) of each row. Inside one host, with tensors of `mls.comm.empty`, every operation is
-one pass over memory; elsewhere it is composed of reduce-scatter and all-gather.
+one pass over memory; elsewhere it is composed of reduce-scatter and all-gather. `reduce_shard` (without
+chunks) and `share_shards` take CUDA tensors too, where NCCL does the same in place and in stream order.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ class StepStatistics:
         self._num_marks = num_parameters + num_buffers
         length = 2 + self._num_marks + num_norm_terms
         self.vector = torch.zeros(length, dtype=torch.float64, device=device)
+        self._marks: tuple[bool, ...] = ()
+        self._sent_marks = self.vector[:0]
 
     @property
     def norm_terms(self) -> torch.Tensor:
@@ -36,7 +38,11 @@ class StepStatistics:
     ) -> None:
         """This rank's share, before the reduction."""
         self.vector[0], self.vector[1] = loss_sum, count
-        self.vector[2 : 2 + self._num_marks] = torch.tensor([*used, *changed], dtype=torch.float64)
+        marks = (*used, *changed)
+        if marks != self._marks:  # which is rare, and waits for the device
+            self._marks = marks
+            self._sent_marks = torch.tensor(marks, dtype=torch.float64, device=self.vector.device)
+        self.vector[2 : 2 + self._num_marks] = self._sent_marks
 
     @property
     def loss_sum(self) -> torch.Tensor:
