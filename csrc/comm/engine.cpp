@@ -212,8 +212,6 @@ std::string Engine::describe_transports() const {
     text += host.size() == 1 ? "rank" : "ranks";
     for (const int rank : host) text += " " + std::to_string(l->topology.global(rank));
     if (host.size() > 1) text += " in shared memory";
-    const bool own = std::find(host.begin(), host.end(), options_.rank) != host.end();
-    if (own && l->team->streams()) text += " (staged by streaming stores)";
   }
   return l->topology.num_hosts() == 1 ? text
                                       : text + "; " + l->mesh->carrier().name() + " between these " +

@@ -63,6 +63,7 @@ class SharedReduce {
         me_(team.index()),
         is_target_(root < 0 || root == team.index()) {}
 
+  size_t num_tiles() const { return num_tiles_; }
   void run() const {
     for (size_t k = 0; k < std::min(kAhead, num_tiles_); ++k) publish(k);
     for (size_t k = 0; k < num_tiles_ + kLag; ++k) {
@@ -141,7 +142,8 @@ class SharedReduce {
 void local_reduce_staged(Context& context, const Reducer& reducer, void* data, size_t count, int root) {
   const auto size = static_cast<size_t>(context.team.size());
   if (size == 2) return reduce_whole(context, reducer, data, count, root);
-  SharedReduce(context.team, reducer, data, count, root).run();
+  const SharedReduce reduce(context.team, reducer, data, count, root);
+  context.team.run_staged(reduce.num_tiles(), [&] { reduce.run(); });
   context.counters.add_shm(count * reducer.element_bytes() * 2 * (size - 1) / size);
 }
 

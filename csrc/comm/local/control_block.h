@@ -32,8 +32,8 @@ struct ClaimSet {
 
 // What the ranks found out about their machine in their first operation; see LocalTeam::tune().
 struct Tuning {
-  std::atomic<uint32_t> streams;  // nonzero: staging by streaming stores pays
-  std::atomic<uint64_t> read_ns;  // of the probe under way
+  std::atomic<uint32_t> streams;  // of the last probe, nonzero: streaming stores pay
+  std::atomic<int64_t> read_ns;   // of the probe under way
 };
 
 enum class PoisonKind : uint32_t { kPeerFailed = 1, kMismatch = 2, kTimedOut = 3 };

@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "comm/local/futex.h"
-#include "comm/reduce/streaming.h"
 
 namespace mlsys::comm {
 namespace {
@@ -27,6 +26,13 @@ inline void pause_cpu() {
 }
 
 inline bool reached(uint32_t value, uint32_t target) { return static_cast<int32_t>(value - target) >= 0; }
+
+template <class Body>
+int64_t timed_ns(Body body) {
+  const auto begin = Clock::now();
+  body();
+  return std::chrono::nanoseconds(Clock::now() - begin).count();
+}
 
 // Keeps the calling thread on the first, or the last, of the cores that it may use. Two ranks that share a
 // core, as they do now and then when there are more ranks than cores, would measure nothing but its cache.
@@ -90,17 +96,14 @@ void LocalTeam::publish_payload(const Descriptor& descriptor, std::span<const st
   if (payload.size() <= RankSlot::kInlineBytes) {
     std::memcpy(block_.slot(index_).inline_payload[parity], payload.data(), payload.size());
   } else if (payload.size() <= eager_limit_ && descriptor.arena_offset == Descriptor::kNoOffset) {
-    copy_out(block_.eager(index_, parity), payload.data(), payload.size());
+    copy_by(streams_payloads_)(block_.eager(index_, parity), payload.data(), payload.size());
   }
 }
 
 void LocalTeam::arrive(const Descriptor& descriptor, Clock::time_point deadline) {
   deadline_ = deadline;
   last_kind_.store(descriptor.kind, std::memory_order_relaxed);
-  for (Counter counter : {kFirst, kSecond}) {
-    base_[counter] += signals_[counter];
-    signals_[counter] = 0;
-  }
+  restart_counters();
   stale_claims_ = std::exchange(claimed_, false);
   ++arrivals_;
   RankSlot& slot = block_.slot(index_);
@@ -122,45 +125,41 @@ void LocalTeam::await_arrival() {
   if (!tuned_) tune();
 }
 
-// Rank 0 writes what rank 1 then reads, with either kind of store in turn; the rest look on.
+// Payloads are written over those of two operations before, while the readers' caches still hold them. Rank 0
+// writes with either kind of store in turn what rank 1 then reads, and the rest look on. The verdict of rank
+// 0, by the medians of both times together, is everybody's.
 void LocalTeam::tune() {
-  constexpr size_t kBytes = 64 << 10;
-  constexpr uint32_t kRounds = 15;
+  constexpr size_t kRounds = 15;
   tuned_ = true;
   if (size_ < 2) return;
   std::optional<OnOneCore> apart;
   if (index_ < 2) apart.emplace(index_ == 0);
-  std::vector<std::byte> own(kBytes);
-  std::array<std::array<uint64_t, kRounds>, 2> spent{};
-  const auto timed = [](auto body) {
-    const auto begin = Clock::now();
-    body();
-    return static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - begin).count());
-  };
-  for (uint32_t round = 0; round < 2 * kRounds; ++round) {
-    streams_ = round % 2 != 0;
-    uint64_t& sum = spent[round % 2][round / 2];
-    if (index_ == 0) sum = timed([&] { copy_out(stage(0), own.data(), kBytes); });
-    signal(kFirst);
+  std::vector<std::byte> own(64 << 10);
+  std::array<std::array<int64_t, kRounds>, 2> spent_ns{};
+  for (size_t round = 0; round < 2 * kRounds; ++round) {
+    const bool streaming = round % 2 != 0;
+    int64_t& sum = spent_ns[streaming][round / 2];
+    if (index_ == 0) sum = timed_ns([&] { copy_by(streaming)(stage(0), own.data(), own.size()); });
+    barrier();
     if (index_ == 1) {
-      await(kFirst, 0, round + 1);
-      block_.tuning().read_ns.store(timed([&] { std::memcpy(own.data(), stage(0), kBytes); }),
+      block_.tuning().read_ns.store(timed_ns([&] { std::memcpy(own.data(), stage(0), own.size()); }),
                                     std::memory_order_relaxed);
     }
-    signal(kSecond);
-    if (index_ == 0) {
-      await(kSecond, 1, round + 1);
-      sum += block_.tuning().read_ns.load(std::memory_order_relaxed);
-    }
+    barrier();
+    if (index_ == 0) sum += block_.tuning().read_ns.load(std::memory_order_relaxed);
   }
   if (index_ == 0) {
-    for (auto& times : spent) std::sort(times.begin(), times.end());
-    block_.tuning().streams.store(spent[1][kRounds / 2] < spent[0][kRounds / 2], std::memory_order_relaxed);
+    for (auto& times : spent_ns) std::sort(times.begin(), times.end());
+    block_.tuning().streams.store(spent_ns[1][kRounds / 2] < spent_ns[0][kRounds / 2],
+                                  std::memory_order_relaxed);
   }
-  signal(kFirst);
-  await(kFirst, 0, 2 * kRounds + 1);
-  streams_ = block_.tuning().streams.load(std::memory_order_relaxed) != 0;
-  for (Counter counter : {kFirst, kSecond}) {  // the operation itself counts from here
+  barrier();
+  streams_payloads_ = block_.tuning().streams.load(std::memory_order_relaxed) != 0;
+  restart_counters();  // the operation itself counts from here
+}
+
+void LocalTeam::restart_counters() {
+  for (Counter counter : {kFirst, kSecond}) {
     base_[counter] += signals_[counter];
     signals_[counter] = 0;
   }
@@ -185,14 +184,6 @@ const std::byte* LocalTeam::payload(int local, size_t bytes) const {
   if (bytes <= RankSlot::kInlineBytes) return block_.slot(local).inline_payload[parity];
   const bool published = bytes <= eager_limit_ && descriptor(local).arena_offset == Descriptor::kNoOffset;
   return published ? block_.eager(local, parity) : nullptr;
-}
-
-void LocalTeam::copy_out(void* target, const void* source, size_t bytes) const {
-  if (streams()) {
-    copy_streaming(target, source, bytes);
-  } else if (bytes != 0) {
-    std::memcpy(target, source, bytes);
-  }
 }
 
 std::byte* LocalTeam::published(int local, uint64_t offset, size_t bytes) const {

@@ -12,13 +12,16 @@
 
 #include <atomic>
 #include <chrono>
-#include <functional>
+#include <map>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "comm/fault/faults.h"
 #include "comm/local/control_block.h"
+#include "comm/local/store_choice.h"
+#include "comm/reduce/streaming.h"
 #include "comm/topology.h"
 
 namespace mlsys::comm {
@@ -79,10 +82,19 @@ class LocalTeam {
   void count_done(ClaimSet& set, uint32_t total);
   void await_done(const ClaimSet& set, uint32_t total) const;
 
-  // memcpy into shared memory that other ranks have read before.
-  void copy_out(void* target, const void* source, size_t bytes) const;
-  // Whether tune() found that staging by streaming stores pays here.
-  bool streams() const { return streams_.load(std::memory_order_relaxed); }
+  // What moves so many tiles through the rings. Within `body`, copy_out() writes them by the stores that have
+  // proved faster for such operations.
+  template <class Body>
+  void run_staged(size_t num_tiles, Body body) {
+    StoreChoice& choice = store_choices_[{last_kind(), num_tiles >= kManyTiles}];
+    streams_rings_ = num_tiles >= kFewTiles && choice.streaming();
+    const auto begin = Clock::now();
+    body();
+    if (num_tiles >= kFewTiles) choice.record(num_tiles, Clock::now() - begin);
+  }
+  void copy_out(void* target, const void* source, size_t bytes) const {
+    copy_by(streams_rings_)(target, source, bytes);
+  }
 
   std::byte* stage(int local) const { return block_.stage(local); }
   std::byte* wire_stage(int local) const { return block_.wire_stage(local); }
@@ -95,9 +107,11 @@ class LocalTeam {
   void wait_for(const SharedCounter& counter, uint32_t target, int local) const;
   // The group rank that has left in good order among those that are waited for; -1 when none has.
   int first_left(int local) const;
-  // Once, in the first operation: measures which stores staging should use, the same for all ranks. Never
+  // In the first operation: measures which stores should write payloads, the same for all ranks. Never
   // changes a result.
   void tune();
+  // What is signalled and awaited next counts from here.
+  void restart_counters();
   void clear_claims();
   [[noreturn]] void time_out(int local) const;
 
@@ -112,7 +126,11 @@ class LocalTeam {
   int num_yields_;
   size_t eager_limit_;
   bool tuned_ = false;
-  std::atomic<bool> streams_{false};  // read by other threads
+  bool streams_payloads_ = false;
+  static constexpr size_t kFewTiles = 4;    // below, a time says nothing
+  static constexpr size_t kManyTiles = 64;  // from here on the tensors are larger than the caches
+  std::map<std::pair<OpKind, bool>, StoreChoice> store_choices_;
+  bool streams_rings_ = false;
   uint32_t arrivals_ = 0;
   bool claimed_ = false;                          // in the operation under way
   bool stale_claims_ = false;                     // in the one before it

@@ -17,8 +17,8 @@
 namespace mlsys::comm {
 
 struct Ring {
-  // Two slots ahead fill half of a 1 MiB second-level cache.
-  static constexpr size_t kSlotBytes = 256 << 10;
+  // Two slots ahead and the one in use fill less than half of a 1 MiB second-level cache.
+  static constexpr size_t kSlotBytes = 128 << 10;
   static constexpr size_t kNumSlots = 6;
   static constexpr size_t kAhead = 2;
   static_assert(kNumSlots >= 2 * kAhead + 2 && kNumSlots * kSlotBytes <= ControlBlock::kStageBytes);
@@ -33,12 +33,14 @@ struct Ring {
       publish(k, slot(team, team.index(), k));
       team.signal(LocalTeam::kFirst);
     };
-    for (size_t k = 0; k < std::min(kAhead, num_tiles); ++k) publish_tile(k);
-    for (size_t k = 0; k < num_tiles; ++k) {
-      if (k + kAhead < num_tiles) publish_tile(k + kAhead);
-      team.await_all(LocalTeam::kFirst, static_cast<uint32_t>(k + 1));
-      consume(k);
-    }
+    team.run_staged(num_tiles, [&] {
+      for (size_t k = 0; k < std::min(kAhead, num_tiles); ++k) publish_tile(k);
+      for (size_t k = 0; k < num_tiles; ++k) {
+        if (k + kAhead < num_tiles) publish_tile(k + kAhead);
+        team.await_all(LocalTeam::kFirst, static_cast<uint32_t>(k + 1));
+        consume(k);
+      }
+    });
   }
 };
 

@@ -34,13 +34,14 @@ void copy_lines_sse2(std::byte* target, const std::byte* source, size_t bytes) {
 #endif
 
 void copy_cached(void* target, const void* source, size_t bytes) {
-  if (bytes != 0) std::memcpy(target, source, bytes);
+  if (bytes != 0 && target != source) std::memcpy(target, source, bytes);
 }
 
 }  // namespace
 
 void copy_streaming(void* target, const void* source, size_t bytes) {
 #if MLSYS_HAS_X86_LEVELS
+  if (target == source) return;
   auto* to = static_cast<std::byte*>(target);
   const auto* from = static_cast<const std::byte*>(source);
   const size_t head = std::min(bytes, (kLine - reinterpret_cast<uintptr_t>(to) % kLine) % kLine);
@@ -54,12 +55,12 @@ void copy_streaming(void* target, const void* source, size_t bytes) {
   if (head + lines != bytes) std::memcpy(to + head + lines, from + head + lines, bytes - head - lines);
   _mm_sfence();  // a release store alone does not wait for streaming stores
 #else
-  if (bytes != 0) std::memcpy(target, source, bytes);
+  copy_cached(target, source, bytes);
 #endif
 }
 
-Copy copy_for_result(size_t result_bytes) {
-  return result_bytes < kStreamedResult ? copy_cached : copy_streaming;
-}
+Copy copy_by(bool streaming) { return streaming ? copy_streaming : copy_cached; }
+
+Copy copy_for_result(size_t result_bytes) { return copy_by(result_bytes >= kStreamedResult); }
 
 }  // namespace mlsys::comm

@@ -11,13 +11,18 @@
 
 namespace mlsys::comm {
 
+// The ranges are the same (then nothing happens) or disjoint; any alignment will do.
+using Copy = void (*)(void* target, const void* source, size_t bytes);
+
 // memcpy by streaming stores where the CPU has them. What it wrote is visible to whoever sees a later store
-// of this thread. The ranges must not overlap; any alignment will do.
+// of this thread.
 void copy_streaming(void* target, const void* source, size_t bytes);
+
+// By streaming stores or ordinary ones.
+Copy copy_by(bool streaming);
 
 // How to write the parts of a result of so many bytes. One that the caches will not hold is streamed: an
 // ordinary store would first read the line that it is about to overwrite, a third of the traffic.
-using Copy = void (*)(void* target, const void* source, size_t bytes);
 Copy copy_for_result(size_t result_bytes);
 
 }  // namespace mlsys::comm
