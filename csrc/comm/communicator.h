@@ -240,6 +240,9 @@ class Communicator {
   // Throws PeerFailed when one of these ranks of the job is known to have failed, died or left. Knows nothing
   // before the group has connected.
   virtual void expect_present(std::span<const int> global_ranks) const = 0;
+  // The first of these ranks of the job whose process is found stopped, or -1. Asks all hosts, with little
+  // patience.
+  virtual int first_stopped(std::span<const int> global_ranks) const = 0;
   // `callback` is called once when the group fails, on the watch thread (here, if it has failed already). It
   // must be short and must not throw. Replaces an earlier one. Nothing is noticed before the group has
   // connected.

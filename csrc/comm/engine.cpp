@@ -247,6 +247,18 @@ void Engine::expect_present(std::span<const int> global_ranks) const {
   }
 }
 
+int Engine::first_stopped(std::span<const int> global_ranks) const {
+  const Links* l = connected_.load(std::memory_order_acquire);
+  if (l == nullptr) return -1;
+  const std::vector<Standing> standings = l->faults->inquire();
+  for (size_t rank = 0; rank < standings.size(); ++rank) {
+    const int global = l->topology.global(static_cast<int>(rank));
+    const bool wanted = std::find(global_ranks.begin(), global_ranks.end(), global) != global_ranks.end();
+    if (wanted && standings[rank].state == Standing::State::kStopped) return global;
+  }
+  return -1;
+}
+
 void Engine::on_failure(std::function<void()> callback) {
   {
     const std::lock_guard lock(telling_);

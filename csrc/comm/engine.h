@@ -61,6 +61,7 @@ class Engine final : public Communicator {
   std::string describe_transports() const override;
   void expect_healthy() const override;
   void expect_present(std::span<const int> global_ranks) const override;
+  int first_stopped(std::span<const int> global_ranks) const override;
   void on_failure(std::function<void()> callback) override;
   std::vector<int> present() const override;
   bool has_left(int rank) const override;

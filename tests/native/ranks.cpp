@@ -2,6 +2,8 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -89,9 +91,32 @@ class FileStore final : public mlsys::comm::Store {
 #endif
 }
 
-Outcome outcome_of(pid_t pid, int error_pipe) {
+// From /proc: 'T' is stopped, 'Z' has ended.
+char state_of(pid_t pid) {
+  std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
+  std::string line;
+  std::getline(stat, line);
+  const size_t name_ends = line.rfind(") ");
+  return name_ends == std::string::npos ? 'Z' : line[name_ends + 2];
+}
+
+// Whoever was to continue a stopped rank may have failed before: when all the others have ended, nobody will.
+void await_news(int pipe, const std::vector<std::pair<pid_t, int>>& children) {
+  pollfd waiting{pipe, POLLIN, 0};
+  while (::poll(&waiting, 1, 200) == 0) {
+    std::string states;
+    for (const auto& [pid, unused] : children) states += state_of(pid);
+    if (states.find_first_not_of("TZ") != std::string::npos) continue;
+    for (size_t rank = 0; rank < children.size(); ++rank) {
+      if (states[rank] == 'T') ::kill(children[rank].first, SIGKILL);
+    }
+  }
+}
+
+Outcome outcome_of(pid_t pid, int error_pipe, const std::vector<std::pair<pid_t, int>>& children) {
   Outcome outcome;
   char buffer[4096];
+  await_news(error_pipe, children);
   for (ssize_t got; (got = ::read(error_pipe, buffer, sizeof(buffer))) > 0;)
     outcome.error.append(buffer, static_cast<size_t>(got));
   int status = 0;
@@ -117,6 +142,7 @@ std::vector<Outcome> run_collecting(const Job& job, const std::function<void(Ran
     const pid_t pid = ::fork();
     if (pid < 0) throw std::runtime_error("fork failed");
     if (pid == 0) {
+      ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // a stopped one, too
       for (const auto& [other, pipe] : children) ::close(pipe);
       ::close(ends[0]);
       be_rank(job, rank, folder, ends[1], body);
@@ -126,7 +152,7 @@ std::vector<Outcome> run_collecting(const Job& job, const std::function<void(Ran
   }
   std::vector<Outcome> outcomes;
   for (const auto& [pid, pipe] : children) {
-    outcomes.push_back(outcome_of(pid, pipe));
+    outcomes.push_back(outcome_of(pid, pipe, children));
     ::close(pipe);
   }
   fs::remove_all(folder);

@@ -161,11 +161,10 @@ void share_memory(Links& links, SharedHost& shared) {
       std::make_unique<LocalTeam>(topology, *links.block, *links.faults, std::move(bases), std::move(sizes));
 }
 
-std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& options, const Identity& mine,
-                                   Liveness& liveness, const std::function<bool()>& stop,
-                                   std::function<void()> on_message, std::function<void()> on_failure) {
+void connect_all(Links* links, Rendezvous& rendezvous, const Options& options, const Identity& mine,
+                 Liveness& liveness, const std::function<bool()>& stop, std::function<void()> on_message,
+                 std::function<void()> on_failure) {
   const Deadline deadline = std::chrono::steady_clock::now() + options.timeout;
-  auto links = std::make_unique<Links>(options.report);
   links->arena = Arena::of_process();
   links->credentials = {options.job_key, options.rank, options.size, hash_name(options.group_name)};
 
@@ -198,7 +197,15 @@ std::unique_ptr<Links> connect_all(Rendezvous& rendezvous, const Options& option
   links->watch = std::make_unique<Watch>(topology, *links->block, *links->faults, std::move(shared.pidfds),
                                          std::move(controls), std::move(listeners), std::move(on_message),
                                          std::move(on_failure));
-  return links;
+}
+
+// Tells the ranks that may have connected already, which ask the store no more, before the connections to
+// them end.
+[[noreturn]] void give_up(Rendezvous& rendezvous, const Links& links, const Poison& mine) {
+  const bool known = links.faults != nullptr && links.faults->poisoned();
+  const Poison agreed = rendezvous.agree_on(known ? links.faults->record() : mine);
+  if (links.mesh != nullptr) links.mesh->tell_controls(encode(poison_frame(agreed)));
+  rendezvous.raise(agreed);
 }
 
 }  // namespace
@@ -209,15 +216,18 @@ std::unique_ptr<Links> connect(std::shared_ptr<Store> store, const Options& opti
   const Identity mine = identify(locality_of(options, options.rank));
   Liveness liveness;
   Rendezvous rendezvous(std::move(store), options, mine, liveness, stop);
+  auto links = std::make_unique<Links>(options.report);
   try {
-    return connect_all(rendezvous, options, mine, liveness, stop, std::move(on_message),
-                       std::move(on_failure));
+    connect_all(links.get(), rendezvous, options, mine, liveness, stop, std::move(on_message),
+                std::move(on_failure));
+    return links;
   } catch (const PeerFailed& failure) {
-    rendezvous.give_up({PoisonKind::kPeerFailed, failure.rank, failure.pid, failure.sequence, failure.host,
-                        failure.op, failure.cause});
+    give_up(rendezvous, *links,
+            {PoisonKind::kPeerFailed, failure.rank, failure.pid, failure.sequence, failure.host, failure.op,
+             failure.cause});
   } catch (const TimedOut& failure) {
     if (stop()) throw;
-    rendezvous.give_up({PoisonKind::kTimedOut, -1, 0, 0, "", "connecting", failure.what()});
+    give_up(rendezvous, *links, {PoisonKind::kTimedOut, -1, 0, 0, "", "connecting", failure.what()});
   }
 }
 

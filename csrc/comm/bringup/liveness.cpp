@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <vector>
 
+#include "comm/fault/process_state.h"
+
 namespace mlsys::comm {
 
 void Liveness::add(int rank, int global_rank, const Identity& theirs, const Identity& mine) {
@@ -45,6 +47,13 @@ int Liveness::first_dead(std::chrono::milliseconds grace) const {
   auto revents = polls.begin();
   for (const auto& [rank, peer] : peers_) {
     if ((revents++)->revents != 0) return rank;
+  }
+  return -1;
+}
+
+int Liveness::first_stopped() const {
+  for (const auto& [rank, peer] : peers_) {
+    if (peer.pidfd && is_stopped(peer.pidfd.get())) return rank;
   }
   return -1;
 }

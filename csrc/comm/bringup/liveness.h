@@ -25,6 +25,9 @@ class Liveness {
   // before it counts as dead.
   int first_dead(std::chrono::milliseconds grace = {}) const;
 
+  // The lowest rank whose process is stopped, or -1.
+  int first_stopped() const;
+
   // PeerFailed that names group rank `rank`.
   PeerFailed failure_of(int rank) const;
 

@@ -20,7 +20,6 @@ namespace {
 
 using Deadline = std::chrono::steady_clock::time_point;
 
-constexpr std::chrono::milliseconds kGrace{300};
 constexpr int kLookMs = 20;
 
 bool could_share(const Identity& left, const Identity& right) {
@@ -48,8 +47,7 @@ struct Patience {
     if (liveness.is_dead(awaited)) throw liveness.failure_of(awaited);
     rendezvous.heed_failures();
     if (std::chrono::steady_clock::now() < deadline) return;
-    throw TimedOut("timed out while connecting the group: rank " +
-                   std::to_string(rendezvous.global_rank(awaited)) + " " + what);
+    rendezvous.time_out(awaited, what);
   }
 };
 
@@ -240,9 +238,9 @@ SharedHost prove_locality(Rendezvous& rendezvous, const Credentials& credentials
     throw;
   } catch (const TimedOut&) {
     throw;
-  } catch (const std::runtime_error&) {
-    // A connection that ends early is most often a death, here or further on; that is what should be named.
-    if (const int dead = liveness.first_dead(kGrace); dead >= 0) throw liveness.failure_of(dead);
+  } catch (const std::runtime_error& error) {
+    // Told while the connections of this rank are still open: nobody takes their end for the cause.
+    rendezvous.explain(error);
     throw;
   }
   return host;

@@ -1,5 +1,6 @@
 #include "comm/bringup/rendezvous.h"
 
+#include <stdexcept>
 #include <thread>
 
 #include "comm/fault/control_frame.h"
@@ -15,6 +16,15 @@ constexpr milliseconds kLongestPause{20};
 constexpr milliseconds kBetweenQuestions{50};
 // A store that is gone most often died with a rank.
 constexpr milliseconds kGrace{300};
+// How long a rank that gives up waits for the store to take that down.
+constexpr milliseconds kLastWord{20};
+// A rank that has not run for this long was stopped.
+constexpr milliseconds kStall{200};
+
+// The store did not answer in time.
+struct Silent final : std::runtime_error {
+  Silent() : std::runtime_error("the store does not answer") {}
+};
 
 std::vector<uint8_t> bytes_of(const Poison& poison) {
   const auto bytes = encode(poison_frame(poison));
@@ -25,7 +35,7 @@ std::vector<uint8_t> bytes_of(const Poison& poison) {
 
 Rendezvous::Rendezvous(std::shared_ptr<Store> store, const Options& options, const Identity& mine,
                        Liveness& liveness, std::function<bool()> stop)
-    : store_(std::move(store)),
+    : clerk_(std::move(store)),
       options_(options),
       mine_(mine),
       liveness_(liveness),
@@ -41,7 +51,13 @@ int Rendezvous::global_rank(int rank) const {
 
 void Rendezvous::put(const std::string& kind, int rank, const std::vector<uint8_t>& value) {
   try {
-    store_->set(prefix_ + kind + "/" + std::to_string(rank), value);
+    clerk_.set(prefix_ + kind + "/" + std::to_string(rank), value, [this] { expect_answer(); });
+  } catch (const PeerFailed&) {
+    throw;
+  } catch (const TimedOut&) {
+    throw;
+  } catch (const Silent&) {
+    time_out(-1, "");
   } catch (const std::exception&) {
     store_is_gone(liveness_.first_dead());
   }
@@ -49,17 +65,28 @@ void Rendezvous::put(const std::string& kind, int rank, const std::vector<uint8_
 
 // Nothing when the key is missing.
 std::optional<std::vector<uint8_t>> Rendezvous::look_up(const std::string& key) {
-  try {
-    return store_->get(prefix_ + key, milliseconds(0));
-  } catch (const TimedOut&) {
-    return std::nullopt;
-  }
+  return clerk_.look_up(prefix_ + key, [this] { expect_answer(); });
+}
+
+void Rendezvous::expect_answer() {
+  notice_stall();
+  if (stop_()) throw TimedOut("the group was shut down while it was still connecting.");
+  heed_job();
+  if (Clock::now() >= deadline_) throw Silent();
+}
+
+// Whoever was stopped itself finds that its time is over, and the others have given it up.
+void Rendezvous::notice_stall() {
+  const auto now = Clock::now();
+  if (now - ran_at_ > kStall) listens_until_ = now + kGrace;
+  ran_at_ = now;
 }
 
 std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool needs_all,
                                      const std::function<void()>& meanwhile) {
   const std::string key = kind + "/" + std::to_string(rank);
   for (int round = 0;; ++round) {
+    notice_stall();
     if (stop_()) throw TimedOut("the group was shut down while it was still connecting.");
     if (meanwhile) meanwhile();
     // Looked up first: if the key is missing even after that, the death was no orderly end.
@@ -76,15 +103,13 @@ std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool nee
       throw;
     } catch (const TimedOut&) {
       throw;
+    } catch (const Silent&) {
+      // Its deadline is this one.
     } catch (const std::exception&) {
       store_is_gone(dead);
     }
     if (Clock::now() >= deadline_) {
-      give_up({PoisonKind::kTimedOut, global_rank(rank), 0, 0, "", "connecting",
-               "rank " + std::to_string(global_rank(options_.rank)) +
-                   " timed out while connecting the group: nothing heard from rank " +
-                   std::to_string(global_rank(rank)) + " (store key " + prefix_ + key +
-                   "). It has not come to this group, or is stopped."});
+      time_out(rank, "has published nothing under " + prefix_ + key + ". It has not come to this group.");
     }
     liveness_.sleep(needs_all ? -1 : rank, std::min(milliseconds(1 + round / 4), kLongestPause));
   }
@@ -106,6 +131,7 @@ void Rendezvous::heed_job() {
 }
 
 void Rendezvous::heed_failures() {
+  notice_stall();
   heed_job();
   if (Clock::now() - asked_at_ < kBetweenQuestions) return;
   asked_at_ = Clock::now();
@@ -124,7 +150,10 @@ void Rendezvous::throw_first_failure() {
   const auto bytes = look_up("failed");
   const auto frame = bytes ? decode_control_frame(*bytes, options_.size) : std::nullopt;
   if (!frame || frame->type != ControlFrame::Type::kPoison) return;
-  const Poison& p = frame->poison;
+  raise(frame->poison);
+}
+
+void Rendezvous::raise(const Poison& p) const {
   if (p.kind == PoisonKind::kTimedOut) {
     const bool mine = p.rank == global_rank(options_.rank);
     throw TimedOut(mine ? "this rank is out of the group, which gave it up: " + p.cause : p.cause);
@@ -132,19 +161,59 @@ void Rendezvous::throw_first_failure() {
   throw PeerFailed(p.rank, p.host, p.pid, p.cause, p.op, p.sequence);
 }
 
-void Rendezvous::give_up(const Poison& mine) {
-  try {
-    throw_first_failure();
-    store_->set(prefix_ + "failed", bytes_of(mine));
-  } catch (const PeerFailed&) {
-    throw;
-  } catch (const TimedOut&) {
-    throw;
-  } catch (const std::exception&) {
-    // The store is gone as well: what this rank knows by itself is all there is to tell.
+Poison Rendezvous::agree_on(const Poison& mine) {
+  for (; Clock::now() < listens_until_; std::this_thread::sleep_for(milliseconds(1))) {
+    asked_at_ = {};
+    heed_failures();
   }
-  if (mine.kind == PoisonKind::kTimedOut) throw TimedOut(mine.cause);
-  throw PeerFailed(mine.rank, mine.host, mine.pid, mine.cause, mine.op, mine.sequence);
+  try {
+    const auto until = Clock::now() + (clerk_.is_silent() ? milliseconds(0) : kLastWord);
+    const auto earlier = clerk_.set_first(prefix_ + "failed", bytes_of(mine), [until] {
+      if (Clock::now() >= until) throw Silent();
+    });
+    const auto frame = earlier ? decode_control_frame(*earlier, options_.size) : std::nullopt;
+    if (frame && frame->type == ControlFrame::Type::kPoison) return frame->poison;
+  } catch (const std::exception&) {
+    // The store is gone or silent: what this rank knows by itself is all there is to tell.
+  }
+  return mine;
+}
+
+void Rendezvous::time_out(int awaited, const std::string& what) {
+  const auto job = options_.job.lock();
+  int culprit = job ? job->first_stopped(members_) : -1;
+  if (const int stopped = liveness_.first_stopped(); culprit < 0 && stopped >= 0)
+    culprit = global_rank(stopped);
+  std::string text =
+      "rank " + std::to_string(global_rank(options_.rank)) + " timed out while connecting the group: ";
+  if (culprit >= 0) {
+    text += "rank " + std::to_string(culprit) + " is stopped.";
+  } else if (awaited >= 0) {
+    culprit = global_rank(awaited);
+    text += "rank " + std::to_string(culprit) + " " + what;
+  } else {
+    text += "the store does not answer.";
+  }
+  give_up({PoisonKind::kTimedOut, culprit, 0, 0, "", "connecting", text});
+}
+
+void Rendezvous::explain(const std::exception& error) {
+  for (const auto until = Clock::now() + kGrace; Clock::now() < until && !stop_();) {
+    if (const int dead = liveness_.first_dead(milliseconds(5)); dead >= 0) throw liveness_.failure_of(dead);
+    asked_at_ = {};
+    heed_failures();
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  if (stop_()) return;
+  const Poison mine{PoisonKind::kPeerFailed,
+                    global_rank(options_.rank),
+                    mine_.pid,
+                    0,
+                    mine_.host,
+                    "connecting",
+                    error.what()};
+  const Poison agreed = agree_on(mine);
+  if (agreed.rank != mine.rank) raise(agreed);
 }
 
 void Rendezvous::store_is_gone(int dead) {

@@ -15,6 +15,7 @@
 
 #include "comm/bringup/identity.h"
 #include "comm/bringup/liveness.h"
+#include "comm/bringup/store_clerk.h"
 #include "comm/communicator.h"
 #include "comm/fault/faults.h"
 
@@ -38,19 +39,31 @@ class Rendezvous {
   // Throws what another rank has published with give_up(), asking the store only now and then, and what the
   // job's group knows about the members.
   void heed_failures();
-  // Publishes why this rank gives up and throws it, unless somebody was first: then that is thrown. The store
-  // may be gone as well.
-  [[noreturn]] void give_up(const Poison& mine);
+  // Publishes why this rank gives up, unless somebody was first, and returns what is published. A store that
+  // does not answer is told when it does.
+  Poison agree_on(const Poison& mine);
+  // Throws it, in the words for this rank.
+  [[noreturn]] void raise(const Poison& poison) const;
+  [[noreturn]] void give_up(const Poison& mine) { raise(agree_on(mine)); }
+  // Gives up because the timeout has passed: because of a rank that is stopped, where one can be found, else
+  // of group rank `awaited` (-1: unknown), which `what`, the end of a sentence about it.
+  [[noreturn]] void time_out(int awaited, const std::string& what);
+  // Something broke on this rank. It most often follows a death, or a failure that another rank is about to
+  // publish: throws that, or publishes `error` as this rank's own failure and returns.
+  void explain(const std::exception& error);
 
  private:
   std::optional<std::vector<uint8_t>> look_up(const std::string& key);
   // Learns of one more rank that has come already, so that its death is noticed while another one is awaited.
   void watch_another();
   void heed_job();
+  void notice_stall();
+  // Called while the store has not answered yet: throws when it will not do so in time.
+  void expect_answer();
   void throw_first_failure();
   [[noreturn]] void store_is_gone(int dead);
 
-  std::shared_ptr<Store> store_;
+  StoreClerk clerk_;
   const Options& options_;
   const Identity& mine_;
   Liveness& liveness_;
@@ -59,6 +72,8 @@ class Rendezvous {
   std::vector<int> members_;  // global ranks
   int next_ = 0;              // to be asked about in watch_another()
   std::chrono::steady_clock::time_point deadline_;
+  std::chrono::steady_clock::time_point ran_at_ = std::chrono::steady_clock::now();
+  std::chrono::steady_clock::time_point listens_until_{};  // after it did not run for a while
   std::chrono::steady_clock::time_point asked_at_ = std::chrono::steady_clock::now();
 };
 

@@ -70,7 +70,9 @@ class Faults {
   // A message from or to group rank `peer` (-1: any) is late, as `what` says: throws TimedOut with what every
   // rank is doing. Only when one of them is stopped or unreachable is the group given up for all.
   [[noreturn]] void give_up_message(int peer, const std::string& what) const;
-  // The watch thread's side of both; null takes it away.
+  // What every rank is doing; nothing while the group connects.
+  std::vector<Standing> inquire() const;
+  // The watch thread's side of these; null takes it away.
   void attach(Inquiry inquiry) const;
 
   // An exception ended `op` on group rank `rank`, which is this one. Does nothing when that was the group's
@@ -99,8 +101,6 @@ class Faults {
   void wake_futexes() const;
 
  private:
-  std::vector<Standing> inquire() const;
-
   const Topology& topology_;
   const ControlBlock& block_;
   std::vector<UniqueFd> doorbells_;

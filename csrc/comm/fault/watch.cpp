@@ -6,8 +6,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 #include <utility>
+
+#include "comm/fault/process_state.h"
 
 namespace mlsys::comm {
 namespace {
@@ -17,21 +18,6 @@ namespace {
 constexpr std::chrono::milliseconds kDoubt{10};
 constexpr std::chrono::milliseconds kAskPatience{40};
 constexpr std::chrono::milliseconds kTellPatience{100};
-
-// The state letter of the process behind a pidfd, from /proc; '?' when it cannot be known.
-char process_state(int pidfd) {
-  std::ifstream info("/proc/self/fdinfo/" + std::to_string(pidfd));
-  long pid = 0;
-  for (std::string field; info >> field;) {
-    if (field == "Pid:") info >> pid;
-  }
-  if (pid <= 0) return '?';
-  std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
-  std::string line;
-  std::getline(stat, line);
-  const size_t name_ends = line.rfind(") ");  // a process's name may hold anything
-  return name_ends == std::string::npos || name_ends + 2 >= line.size() ? '?' : line[name_ends + 2];
-}
 
 }  // namespace
 
@@ -289,8 +275,7 @@ std::vector<Standing> Watch::inquire() {
 }
 
 Standing Watch::standing_of(int local) const {
-  const char state = local == topology_.local_index() ? 'R' : process_state(pidfds_[local].get());
-  const bool stopped = state == 'T' || state == 't';
+  const bool stopped = local != topology_.local_index() && is_stopped(pidfds_[local].get());
   return {stopped ? Standing::State::kStopped : Standing::State::kAlive, last_operation(local)};
 }
 

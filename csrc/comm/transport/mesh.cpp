@@ -1,6 +1,7 @@
 #include "comm/transport/mesh.h"
 
 #include <poll.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -132,6 +133,13 @@ Socket Mesh::take_control(int peer) {
   Socket socket = std::move(control_.at(peer));
   control_.erase(peer);
   return socket;
+}
+
+void Mesh::tell_controls(std::span<const uint8_t> bytes) const {
+  for (const auto& [peer, socket] : control_) {
+    // Who is gone already needs no news.
+    (void)::send(socket.fd(), bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  }
 }
 
 // A second connection of a rank that is already connected can only be a confused job: the first one stays.

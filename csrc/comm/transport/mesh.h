@@ -58,6 +58,8 @@ class Mesh {
   void ensure(std::span<const int> peers, Purpose purpose = Purpose::kData,
               const std::function<bool(int)>& is_dead = nullptr);
   Socket take_control(int peer);
+  // Sends `bytes` over the control connections that nobody has taken yet, as far as they fit.
+  void tell_controls(std::span<const uint8_t> bytes) const;
 
   // Posts the operation's descriptor to `next` and the comparison with the one from `previous`, which happens
   // as soon as it has come, at the latest in finish(): no operation waits for it longer than for its data.

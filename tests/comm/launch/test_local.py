@@ -17,6 +17,8 @@ from mlsys_engine.comm.launch import launch_local
 from mlsys_engine.errors import LaunchError
 from tests.support.launchers import alive, wait_for_file
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def _program(tmp_path: Path, body: str) -> list[str]:
     path = tmp_path / "program.py"
@@ -60,7 +62,7 @@ def test_the_culprits_status_is_returned_and_the_others_are_killed(
     (folder / f"pid{{rank}}").write_text(str(os.getpid()))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while not (folder / "pid0").exists() or not (folder / "pid2").exists():
-        pass
+        time.sleep(0.01)
     if rank == 1:
         {how}
     signal.pause()
@@ -107,7 +109,9 @@ def test_fewer_than_one_rank_is_refused() -> None:
 def _launcher(tmp_path: Path, body: str) -> subprocess.Popen[bytes]:
     """`launch_local` of two such ranks in a process of its own, which a test may signal."""
     program = _program(tmp_path, body)
+    # It dies with the test run, however that ends, and its ranks with it.
     code = (
+        f"import ctypes\nctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)}, 0, 0, 0)\n"
         f"from mlsys_engine.comm.launch import launch_local\nraise SystemExit(launch_local({program!r}, 2))"
     )
     root = str(Path(__file__).resolve().parents[3])
@@ -138,7 +142,7 @@ def test_a_rank_that_leaves_as_the_signal_asked_gives_the_others_time_to_save(tm
     body = """
     def leave(number, frame):
         while rank == 0 and not (folder / "the other has left").exists():
-            pass
+            time.sleep(0.01)
         sys.exit(128 + number)
     signal.signal(signal.SIGINT, leave)
     (folder / f"pid{rank}").write_text(str(os.getpid()))
@@ -159,7 +163,7 @@ def test_ranks_that_all_leave_after_a_signal_to_one_of_them_did_not_fail(tmp_pat
     body = """
     (folder / f"ready{rank}").touch()
     while not all((folder / f"ready{other}").exists() for other in range(2)):
-        pass
+        time.sleep(0.01)
     sys.exit(128 + signal.SIGUSR1)
     """
     assert launch_local(_program(tmp_path, body), 2) == 128 + signal.SIGUSR1
