@@ -203,7 +203,15 @@ void connect_all(Links* links, Rendezvous& rendezvous, const Options& options, c
 // them end.
 [[noreturn]] void give_up(Rendezvous& rendezvous, const Links& links, const Poison& mine) {
   const bool known = links.faults != nullptr && links.faults->poisoned();
-  const Poison agreed = rendezvous.agree_on(known ? links.faults->record() : mine);
+  Poison found = known ? links.faults->record() : mine;
+  // The connections know whom they wait for, not that it waits for somebody else, who is stopped.
+  if (known && found.kind == PoisonKind::kTimedOut) {
+    if (const int stopped = rendezvous.first_stopped(); stopped >= 0 && stopped != found.rank) {
+      found.rank = stopped;
+      found.cause += " Rank " + std::to_string(stopped) + " is stopped.";
+    }
+  }
+  const Poison agreed = rendezvous.agree_on(found);
   if (links.mesh != nullptr) links.mesh->tell_controls(encode(poison_frame(agreed)));
   rendezvous.raise(agreed);
 }

@@ -16,6 +16,8 @@ constexpr milliseconds kLongestPause{20};
 constexpr milliseconds kBetweenQuestions{50};
 // A store that is gone most often died with a rank.
 constexpr milliseconds kGrace{300};
+// For an answer that is not needed, by a rank that has connections to serve.
+constexpr milliseconds kAside{20};
 // How long a rank that gives up waits for the store to take that down.
 constexpr milliseconds kLastWord{20};
 // A rank that has not run for this long was stopped.
@@ -94,7 +96,7 @@ std::vector<uint8_t> Rendezvous::get(const std::string& kind, int rank, bool nee
     try {
       if (auto value = look_up(key)) return std::move(*value);
       if (dead >= 0) {
-        throw_first_failure();
+        throw_first_failure(kGrace);
         throw liveness_.failure_of(dead);
       }
       watch_another();
@@ -135,8 +137,9 @@ void Rendezvous::heed_failures() {
   heed_job();
   if (Clock::now() - asked_at_ < kBetweenQuestions) return;
   asked_at_ = Clock::now();
+  if (clerk_.is_silent()) return;
   try {
-    throw_first_failure();
+    throw_first_failure(kAside);
   } catch (const PeerFailed&) {
     throw;
   } catch (const TimedOut&) {
@@ -146,8 +149,12 @@ void Rendezvous::heed_failures() {
   }
 }
 
-void Rendezvous::throw_first_failure() {
-  const auto bytes = look_up("failed");
+void Rendezvous::throw_first_failure(milliseconds patience) {
+  const auto until = Clock::now() + patience;
+  const auto bytes = clerk_.look_up(prefix_ + "failed", [&] {
+    expect_answer();
+    if (Clock::now() >= until) throw Silent();
+  });
   const auto frame = bytes ? decode_control_frame(*bytes, options_.size) : std::nullopt;
   if (!frame || frame->type != ControlFrame::Type::kPoison) return;
   raise(frame->poison);
@@ -162,28 +169,33 @@ void Rendezvous::raise(const Poison& p) const {
 }
 
 Poison Rendezvous::agree_on(const Poison& mine) {
+  if (agreed_) return *agreed_;
   for (; Clock::now() < listens_until_; std::this_thread::sleep_for(milliseconds(1))) {
     asked_at_ = {};
     heed_failures();
   }
+  agreed_ = mine;
   try {
     const auto until = Clock::now() + (clerk_.is_silent() ? milliseconds(0) : kLastWord);
     const auto earlier = clerk_.set_first(prefix_ + "failed", bytes_of(mine), [until] {
       if (Clock::now() >= until) throw Silent();
     });
     const auto frame = earlier ? decode_control_frame(*earlier, options_.size) : std::nullopt;
-    if (frame && frame->type == ControlFrame::Type::kPoison) return frame->poison;
+    if (frame && frame->type == ControlFrame::Type::kPoison) agreed_ = frame->poison;
   } catch (const std::exception&) {
     // The store is gone or silent: what this rank knows by itself is all there is to tell.
   }
-  return mine;
+  return *agreed_;
+}
+
+int Rendezvous::first_stopped() const {
+  if (const int stopped = liveness_.first_stopped(); stopped >= 0) return global_rank(stopped);
+  const auto job = options_.job.lock();
+  return job ? job->first_stopped(members_) : -1;
 }
 
 void Rendezvous::time_out(int awaited, const std::string& what) {
-  const auto job = options_.job.lock();
-  int culprit = job ? job->first_stopped(members_) : -1;
-  if (const int stopped = liveness_.first_stopped(); culprit < 0 && stopped >= 0)
-    culprit = global_rank(stopped);
+  int culprit = first_stopped();
   std::string text =
       "rank " + std::to_string(global_rank(options_.rank)) + " timed out while connecting the group: ";
   if (culprit >= 0) {

@@ -48,6 +48,8 @@ class Rendezvous {
   // Gives up because the timeout has passed: because of a rank that is stopped, where one can be found, else
   // of group rank `awaited` (-1: unknown), which `what`, the end of a sentence about it.
   [[noreturn]] void time_out(int awaited, const std::string& what);
+  // The global rank of a member whose process is stopped, or -1.
+  int first_stopped() const;
   // Something broke on this rank. It most often follows a death, or a failure that another rank is about to
   // publish: throws that, or publishes `error` as this rank's own failure and returns.
   void explain(const std::exception& error);
@@ -60,10 +62,11 @@ class Rendezvous {
   void notice_stall();
   // Called while the store has not answered yet: throws when it will not do so in time.
   void expect_answer();
-  void throw_first_failure();
+  void throw_first_failure(std::chrono::milliseconds patience);
   [[noreturn]] void store_is_gone(int dead);
 
   StoreClerk clerk_;
+  std::optional<Poison> agreed_;  // why this rank gives up
   const Options& options_;
   const Identity& mine_;
   Liveness& liveness_;

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <future>
@@ -43,6 +44,7 @@ struct StoreClerk::State {
   std::mutex mutex;
   std::condition_variable work;
   std::deque<std::packaged_task<Answer(Store&)>> questions;
+  std::atomic<int> num_unanswered{0};
   bool closing = false;
   std::thread thread;
 };
@@ -60,21 +62,29 @@ StoreClerk::~StoreClerk() {
     state_->closing = true;
   }
   state_->work.notify_all();
-  is_silent_ ? state_->thread.detach() : state_->thread.join();
+  is_silent() ? state_->thread.detach() : state_->thread.join();
 }
+
+bool StoreClerk::is_silent() const { return state_->num_unanswered.load() != 0; }
 
 StoreClerk::Answer StoreClerk::ask(std::function<Answer(Store&)> question,
                                    const std::function<void()>& expect_time) {
-  std::packaged_task<Answer(Store&)> task(std::move(question));
+  ++state_->num_unanswered;
+  std::packaged_task<Answer(Store&)> task(
+      [question = std::move(question), state = state_.get()](Store& store) {
+        struct Answered {
+          State* state;
+          ~Answered() { --state->num_unanswered; }
+        } answered{state};
+        return question(store);
+      });
   std::future<Answer> answer = task.get_future();
   {
     const std::lock_guard lock(state_->mutex);
     state_->questions.push_back(std::move(task));
   }
   state_->work.notify_all();
-  is_silent_ = true;  // until there is an answer, which comes after those to all earlier questions
   while (answer.wait_for(kBetweenChecks) != std::future_status::ready) expect_time();
-  is_silent_ = false;
   return answer.get();
 }
 

@@ -29,8 +29,8 @@ class StoreClerk {
   Answer look_up(const std::string& key, const std::function<void()>& expect_time);
   // Sets the key unless somebody was first; what is there already is returned.
   Answer set_first(const std::string& key, const Value& value, const std::function<void()>& expect_time);
-  // Whether the last question was given up unanswered.
-  bool is_silent() const { return is_silent_; }
+  // Whether a question that was given up is still unanswered.
+  bool is_silent() const;
 
  private:
   struct State;
@@ -38,7 +38,6 @@ class StoreClerk {
   Answer ask(std::function<Answer(Store&)> question, const std::function<void()>& expect_time);
 
   std::shared_ptr<State> state_;
-  bool is_silent_ = false;
 };
 
 }  // namespace mlsys::comm
