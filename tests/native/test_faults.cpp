@@ -220,6 +220,7 @@ TEST(different_operations_are_a_mismatch_on_every_rank) {
     const int odd = job.size - 1;
     ranks::run(job, [&](Rank& r) {
       all_reduce_once(r);
+      ranks::meet(r, "the first operation is over");
       std::vector<float> data(64);
       const std::string expected = "ranks disagree about the operation";
       if (r.rank == odd) {
