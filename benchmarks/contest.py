@@ -80,28 +80,34 @@ def run_rounds(
     min_rounds: int = 7,
     max_rounds: int = 200,
     between: Callable[[], Any] = dist.barrier,
+    calls_per_turn: int = 1,
 ) -> tuple[int, dict[str, Timing]]:
-    """Rounds until `seconds` have passed on rank 0; called on every rank. Returns how many, and the times."""
+    """Rounds until `seconds` have passed on rank 0; called on every rank. Returns the number of calls and their times.
+
+    Several calls in a turn, each timed by itself, are for latencies: the first call after another contestant
+    finds that one's data in the caches, and its threads awake.
+    """
     spent: list[list[float]] = []
     go_on, begin = torch.ones(1), time.perf_counter()
     while go_on.item():
-        turn = len(spent) % len(contestants)
-        taken = [0.0] * len(contestants)
+        turn = len(spent) // calls_per_turn % len(contestants)
+        taken = [[0.0] * len(contestants) for _ in range(calls_per_turn)]
         for index in (*range(turn, len(contestants)), *range(turn)):
             contestant = contestants[index]
-            contestant.prepare()
-            between()
-            start = time.perf_counter()
-            contestant.call()
-            taken[index] = time.perf_counter() - start
-            between()  # with fewer cores than ranks, a check would otherwise delay those still in the call
-            contestant.check()
-        spent.append(taken)
+            for row in taken:
+                contestant.prepare()
+                between()
+                start = time.perf_counter()
+                contestant.call()
+                row[index] = time.perf_counter() - start
+                between()  # with fewer cores than ranks, a check would delay those still in the call
+                contestant.check()
+        spent += taken
         over = time.perf_counter() - begin > seconds or len(spent) > max_rounds
         go_on.fill_(0.0 if over and len(spent) > min_rounds else 1.0)
         dist.broadcast(go_on, 0)
     # The first round warms up: connections, page faults, self-tuning.
-    slowest = torch.tensor(spent[1:], dtype=torch.float64)
+    slowest = torch.tensor(spent[calls_per_turn:], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     by_name = zip((contestant.name for contestant in contestants), slowest.T.tolist(), strict=True)
     return len(slowest), {name: Timing.of(values) for name, values in by_name}
