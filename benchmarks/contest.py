@@ -82,7 +82,7 @@ def run_rounds(
     between: Callable[[], Any] = dist.barrier,
     calls_per_turn: int = 1,
 ) -> tuple[int, dict[str, Timing]]:
-    """Rounds until `seconds` have passed on rank 0; called on every rank. Returns the number of calls and their times.
+    """Rounds until `seconds` have passed on rank 0; called on every rank. Returns the calls, and their times.
 
     Several calls in a turn, each timed by itself, are for latencies: the first call after another contestant
     finds that one's data in the caches, and its threads awake.
