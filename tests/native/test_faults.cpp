@@ -1,11 +1,14 @@
 // What goes wrong: ranks that die, leave, raise, disagree, come late, and strangers at the door.
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 
@@ -68,6 +71,19 @@ void expect_failure_of(int culprit, const std::string& cause, Action action) {
   check::fail(__FILE__, __LINE__, "no PeerFailed");
 }
 
+// Returns when no thread of the process runs any more: SIGSTOP itself waits for none of them.
+void stop(pid_t pid) {
+  ::kill(pid, SIGSTOP);
+  const auto runs = [](const std::filesystem::path& thread) {
+    std::ifstream file(thread / "stat");
+    const std::string text((std::istreambuf_iterator<char>(file)), {});
+    const size_t state = text.rfind(") ");  // the name before it may hold anything
+    return state != std::string::npos && text[state + 2] != 'T';
+  };
+  const std::string threads = "/proc/" + std::to_string(pid) + "/task";
+  while (std::ranges::any_of(std::filesystem::directory_iterator(threads), runs)) ::sched_yield();
+}
+
 }  // namespace
 
 TEST(a_killed_rank_is_named_by_every_survivor) {
@@ -120,7 +136,7 @@ TEST(a_rank_killed_in_the_middle_of_a_large_message_is_named_by_its_death) {
       if (r.rank != 0) return;
       r.comm->recv(&small, sizeof(small), 1, 2)->wait(kDefault);  // came after the announcement
       const auto victim = static_cast<pid_t>(std::stol(ranks::await_post(r, "pid")));
-      ::kill(victim, SIGSTOP);  // so that the payload does not come
+      stop(victim);  // so that the payload does not come
       const auto request = r.comm->recv(large.data(), large.size(), 1, 1);
       ::kill(victim, SIGKILL);
       expect_failure_of(1, "its process died", [&] { request->wait(kDefault); });
