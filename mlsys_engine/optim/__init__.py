@@ -1,9 +1,23 @@
 """Native optimizers: drop-in torch.optim.Optimizers; norm and clipped step are two sweeps over memory."""
 
+from mlsys_engine.optim import schedules
 from mlsys_engine.optim.adamw import AdamW
 from mlsys_engine.optim.base import NativeOptimizer
+from mlsys_engine.optim.loss_scaler import LossScaler
+from mlsys_engine.optim.noise_scale import GradientNoiseScale
 from mlsys_engine.optim.norms import clip_scale, sum_of_squares
 from mlsys_engine.optim.registry import OPTIMIZERS, optimizer_class
 from mlsys_engine.optim.sgd import SGD
 
-__all__ = ["OPTIMIZERS", "SGD", "AdamW", "NativeOptimizer", "clip_scale", "optimizer_class", "sum_of_squares"]
+__all__ = [
+    "OPTIMIZERS",
+    "SGD",
+    "AdamW",
+    "GradientNoiseScale",
+    "LossScaler",
+    "NativeOptimizer",
+    "clip_scale",
+    "optimizer_class",
+    "schedules",
+    "sum_of_squares",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -94,7 +93,7 @@ class TrainingSettings:
             "optimizer": partial(
                 optim.AdamW, lr=self.learning_rate, betas=(0.9, self.beta2), weight_decay=self.weight_decay
             ),
-            "lr_schedule": warmup_then_cosine(self.warmup_steps, self.steps, self.final_lr_fraction),
+            "lr_schedule": self.lr_schedule(),
             "strategy": strategies.from_name(self.strategy),
             "precision": self.precision,
             "max_grad_norm": self.max_grad_norm,
@@ -106,21 +105,17 @@ class TrainingSettings:
             "numerics": self.numerics,
         }
 
+    def lr_schedule(self) -> optim.schedules.Cosine:
+        """The factor of the learning rate, step by step. A training may end within its warm-up."""
+        return optim.schedules.Cosine(
+            total_steps=max(self.steps, self.warmup_steps),
+            warmup_steps=self.warmup_steps,
+            final=self.final_lr_fraction,
+        )
+
     def fit_kwargs(self) -> dict[str, Any]:
         """What `fit` is called with besides the loaders."""
         return {"max_steps": self.steps, "eval_every": self.eval_every, "save_every": self.save_every}
-
-
-def warmup_then_cosine(warmup_steps: int, steps: int, final_fraction: float) -> Callable[[int], float]:
-    """The factor of the learning rate for step 0, 1, ...: a line up, then half a cosine down."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
 
 
 def _refused(name: str, value: object, expected: str) -> ConfigError:

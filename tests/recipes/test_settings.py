@@ -10,7 +10,6 @@ import pytest
 
 from mlsys_engine.errors import ConfigError, DataError
 from mlsys_engine.recipes import RECIPES, TrainingSettings, recipe_class
-from mlsys_engine.recipes.settings import warmup_then_cosine
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ def test_unknown_strategies_policies_and_trackers_are_refused_with_the_nearest_n
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:
-    factor = warmup_then_cosine(warmup_steps=4, steps=14, final_fraction=0.1)
+    factor = TrainingSettings(warmup_steps=4, steps=14, final_lr_fraction=0.1).lr_schedule()
     rates = [factor(step) for step in range(20)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
@@ -77,6 +76,6 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (5, 3), (3, 3)])
 def test_a_schedule_longer_than_the_training_stays_between_zero_and_one(warmup: int, steps: int) -> None:
-    factor = warmup_then_cosine(warmup, steps, 0.0)
+    factor = TrainingSettings(warmup_steps=warmup, steps=steps, final_lr_fraction=0.0).lr_schedule()
     assert all(0.0 <= factor(step) <= 1.0 for step in range(10))
     assert factor(0) > 0.0
