@@ -3,6 +3,7 @@
 from mlsys_engine.optim import schedules
 from mlsys_engine.optim.adamw import AdamW
 from mlsys_engine.optim.base import NativeOptimizer
+from mlsys_engine.optim.in_backward import StepInBackward, step_in_backward
 from mlsys_engine.optim.loss_scaler import LossScaler
 from mlsys_engine.optim.noise_scale import GradientNoiseScale
 from mlsys_engine.optim.norms import clip_scale, sum_of_squares
@@ -16,8 +17,10 @@ __all__ = [
     "GradientNoiseScale",
     "LossScaler",
     "NativeOptimizer",
+    "StepInBackward",
     "clip_scale",
     "optimizer_class",
     "schedules",
+    "step_in_backward",
     "sum_of_squares",
 ]

@@ -13,10 +13,11 @@ from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import FlatArena
-from mlsys_engine.optim import norms
+from mlsys_engine.optim import distributed
 from mlsys_engine.optim.adopted import AdoptedArena
 from mlsys_engine.optim.checks import check_parameter
 from mlsys_engine.optim.kernels import is_native
+from mlsys_engine.optim.loading import matched_by_name
 from mlsys_engine.optim.plan import StepPlan
 from mlsys_engine.optim.state import StepCounts, ensure_state
 
@@ -104,7 +105,11 @@ class NativeOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads our own or torch's state; with adopted arenas the values are copied into them."""
+        """Loads our own or torch's state; with adopted arenas the values are copied into them.
+
+        When both sides have parameter names, they are matched by name, in whatever order and groups.
+        """
+        state_dict = matched_by_name(self, state_dict)
         for group in state_dict["param_groups"]:
             self.check_group({**self.defaults, **group})
         super().load_state_dict(state_dict)
@@ -133,9 +138,10 @@ class NativeOptimizer(torch.optim.Optimizer):
         """The sum of squares of all present gradients, a float64 tensor without dimensions.
 
         Same bits for any number of threads, and for loose parameters and arenas. Inf and nan propagate, so
-        `isfinite` of it tests all gradients at once.
+        `isfinite` of it tests all gradients at once. With DTensor parameters it is the sum over all shards on
+        every rank, and a collective.
         """
-        return norms.sum_of_squares([p.grad for p in self._parameters() if p.grad is not None])
+        return distributed.sum_of_squares(self._parameters(), self.name_of)
 
     # ---- the step
 

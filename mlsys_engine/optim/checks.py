@@ -39,11 +39,11 @@ def check_flag_is_off(group: dict[str, Any], name: str, action: str) -> None:
 
 def check_parameter(parameter: Tensor, name: str) -> None:
     """Called for every parameter that joins an optimizer."""
-    if hasattr(parameter, "to_local"):
+    if any(placement.is_partial() for placement in getattr(parameter, "placements", ())):
         raise ConfigError(
-            f"{name} is a {type(parameter).__name__}, sharded over ranks.",
-            "The native optimizers step plain tensors.",
-            "Use mls.DataParallel to shard, or torch.optim for this model.",
+            f"{name} is {describe(parameter)}.",
+            "Sharded and replicated placements are expected; a partial one is a sum that was not taken yet.",
+            "Redistribute it to Shard or Replicate before building the optimizer.",
         )
     if parameter.layout != torch.strided:
         raise ConfigError(
@@ -86,8 +86,10 @@ def check_gradient(gradient: Tensor, parameter: Tensor, name: str) -> None:
 
 
 def describe(tensor: Tensor) -> str:
-    """Type, shape and device of a tensor, for messages."""
-    return f"{_short(tensor.dtype)} {tuple(tensor.shape)} on {tensor.device}"
+    """Type, shape and device of a tensor, for messages; for a DTensor also how it is laid out."""
+    placements = getattr(tensor, "placements", None)
+    laid_out = "" if placements is None else f" as {placements} over {tensor.device_mesh}"  # type: ignore[attr-defined]
+    return f"{_short(tensor.dtype)} {tuple(tensor.shape)} on {tensor.device}{laid_out}"
 
 
 def _short(dtype: torch.dtype) -> str:

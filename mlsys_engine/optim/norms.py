@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlsys_engine.optim.kernels import is_native, operators
+from mlsys_engine.optim.kernels import CHUNK_ELEMENTS, is_native, operators
 from mlsys_engine.optim.segments import is_dense
 
 
@@ -37,8 +37,28 @@ def squares_of_chunks(spans: Tensor, terms: Tensor) -> None:
     operators().chunk_squares(spans, terms)
 
 
+def terms_of(tensor: Tensor) -> Tensor:
+    """The terms of one tensor's sum, for those who see tensors one at a time; float64, on its device.
+
+    `sum_of_terms` of all tensors' terms in order has the bits of their `sum_of_squares`.
+    """
+    if (
+        not is_native(tensor.device)
+        or tensor.dtype is not torch.float32
+        or tensor.layout is not torch.strided
+    ):
+        return _on_device(tensor.device, [tensor]).view(1)
+    flat = tensor if tensor.is_contiguous() else _flat(tensor)
+    num_terms = -(-flat.numel() // CHUNK_ELEMENTS)
+    terms = torch.empty(num_terms, dtype=torch.float64, device=tensor.device)
+    squares_of_chunks(torch.tensor([[flat.data_ptr(), flat.numel()]]), terms)
+    return terms
+
+
 def sum_of_terms(terms: Tensor) -> Tensor:
     """The sum of all terms in the order of `sum_of_squares`, whoever has made them; 0-d float64."""
+    if not is_native(terms.device):
+        return terms.sum()
     out = torch.empty((), dtype=torch.float64, device=terms.device)
     operators().add_terms(terms, out)
     return out

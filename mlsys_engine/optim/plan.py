@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mlsys_engine.optim import distributed
 from mlsys_engine.optim.device_steps import make_device_step
 from mlsys_engine.optim.state import ensure_state
 
@@ -33,7 +34,12 @@ class StepPlan:
             for device, indices in from_device.items()
         ]
         self._params, self._missing = params, missing
-        self._shape = _shape_of_groups(optimizer)
+        self._sharded = [
+            (index, params[position], rows[index].parameter.data_ptr())
+            for index, position in enumerate(positions)
+            if rows[index].parameter is not params[position]
+        ]
+        self._shape = shape_of_groups(optimizer)
         self._adopted = optimizer._adopted
         self._state = optimizer.state
         self._states = list(optimizer.state.values())
@@ -47,15 +53,18 @@ class StepPlan:
         """Whether the same parameters step, in the same groups, with the same state at the same places."""
         return (
             missing == self._missing
-            and _same(params, self._params)
-            and _shape_of_groups(optimizer) == self._shape
+            and same(params, self._params)
+            and shape_of_groups(optimizer) == self._shape
             and optimizer._adopted is self._adopted
             and optimizer.state is self._state
-            and _same(list(optimizer.state.values()), self._states)
+            and same(list(optimizer.state.values()), self._states)
             and all(
-                _same([state.get(key) for state in self._states], self._tensors[key]) for key in self._keys
+                same([state.get(key) for state in self._states], self._tensors[key]) for key in self._keys
             )
             and all(part.is_current() for _, part in self._parts)
+            and all(
+                distributed.local(parameter).data_ptr() == address for _, parameter, address in self._sharded
+            )
         )
 
     def run(
@@ -66,15 +75,18 @@ class StepPlan:
         skip: bool | Tensor,
     ) -> None:
         """Steps all parameters; `gradients` are those of the present ones, in order."""
+        for index, parameter, _ in self._sharded:
+            gradients[index] = distributed.local_gradient(parameter, gradients[index], optimizer.name_of)
+            torch.autograd.graph.increment_version(parameter)
         for indices, part in self._parts:
             part.bind(gradients if indices is None else [gradients[index] for index in indices])
         for _, part in self._parts:
             part.run(optimizer, grad_scale, skip)
 
 
-def _shape_of_groups(optimizer: NativeOptimizer) -> list[tuple[int, tuple[str, ...]]]:
+def shape_of_groups(optimizer: NativeOptimizer) -> list[tuple[int, tuple[str, ...]]]:
     return [(len(group["params"]), optimizer.moment_names(group)) for group in optimizer.param_groups]
 
 
-def _same(left: Sequence[Any], right: Sequence[Any]) -> bool:
+def same(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(map(operator.is_, left, right))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mlsys_engine.errors import CheckpointError
 from mlsys_engine.memory.flat_arena import FlatArena, layout_slots
+from mlsys_engine.optim import distributed
+from mlsys_engine.optim.kernels import is_native
 from mlsys_engine.optim.segments import Row, is_dense
 
 if TYPE_CHECKING:
@@ -60,12 +62,25 @@ def ensure_state(optimizer: NativeOptimizer, params: Sequence[Tensor], positions
             view.fill_(steps[-1])
         if optimizer.counts_steps:
             state["step"] = view
-    moments = _moments(
-        optimizer, [params[i] for i in positions], [needs[group_of[i]] for i in positions], states
-    )
+    # A DTensor is stepped by this rank's shard; its state holds DTensors around the moments' shards.
+    keys = [needs[group_of[i]] for i in positions]
+    homes = [distributed.local(params[i]) for i in positions]
+    shards = [
+        distributed.local_state(params[i], state, names, optimizer.name_of)
+        for i, state, names in zip(positions, states, keys, strict=True)
+    ]
+    moments = _moments(optimizer, homes, keys, shards)
+    for i, state, names, own in zip(positions, states, keys, shards, strict=True):
+        distributed.store_state(params[i], state, names, own)
     return [
-        Row(parameter=params[i], moments=own, group=group_of[i], step_index=i, step=step)
-        for i, own, step in zip(positions, moments, steps, strict=True)
+        Row(
+            parameter=home if is_native(home.device) else params[i],  # torch's own step knows DTensors
+            moments=own,
+            group=group_of[i],
+            step_index=i,
+            step=step,
+        )
+        for i, home, own, step in zip(positions, homes, moments, steps, strict=True)
     ]
 
 

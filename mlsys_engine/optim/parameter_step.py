@@ -1,0 +1,53 @@
+"""The step of one parameter alone, kept ready: what stepping inside the backward calls for each gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mlsys_engine.optim import distributed
+from mlsys_engine.optim.device_steps import make_device_step
+from mlsys_engine.optim.state import ensure_state
+
+if TYPE_CHECKING:
+    from mlsys_engine.optim.base import NativeOptimizer
+
+
+class ParameterStep:
+    """One parameter's segment table, bound to its state as it is now."""
+
+    def __init__(self, optimizer: NativeOptimizer, params: Sequence[Tensor], position: int) -> None:
+        self._optimizer, self._parameter = optimizer, params[position]
+        (row,) = ensure_state(optimizer, params, [position])
+        self._shard = row.parameter
+        self._is_shard = row.parameter is not self._parameter
+        self._part = make_device_step(optimizer, row.parameter.device, [row])
+        self._counts, self._adopted = optimizer._steps, optimizer._adopted
+        self._state = optimizer.state.get(self._parameter)
+        self._values = dict(self._state or {})
+
+    def is_current(self) -> bool:
+        """Whether state and addresses are still the table's; whether groups are, the caller must see."""
+        optimizer = self._optimizer
+        state = optimizer.state.get(self._parameter)
+        return (
+            state is self._state
+            and optimizer._steps is self._counts
+            and optimizer._adopted is self._adopted
+            and (state is None or all(state.get(key) is value for key, value in self._values.items()))
+            and self._part.is_current()
+            and (
+                not self._is_shard or distributed.local(self._parameter).data_ptr() == self._shard.data_ptr()
+            )
+        )
+
+    def __call__(self, gradient: Tensor, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
+        """Steps the parameter by `gradient`, which must stay alive during the call."""
+        if self._is_shard:
+            gradient = distributed.local_gradient(self._parameter, gradient, self._optimizer.name_of)
+            torch.autograd.graph.increment_version(self._parameter)
+        self._part.bind([gradient])
+        self._part.run(self._optimizer, grad_scale, skip)

@@ -1,0 +1,332 @@
+"""DTensor parameters: FSDP2, HSDP and two-dimensional meshes, over the native group and over gloo."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from mlsys_engine.errors import CheckpointError, ConfigError
+from mlsys_engine.optim import AdamW, clip_scale, step_in_backward
+from tests.optim.variants import TORCH_PEERS, VARIANTS, gradients_for, make, make_peer
+
+WIDTH, HIDDEN = 5, 7  # neither divides by the number of ranks; the last layer's one row leaves a rank empty
+
+
+def _model(mesh: Any = None) -> nn.Module:
+    torch.manual_seed(11)
+    net = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 1))
+    if mesh is not None:
+        for layer in (net[0], net[2], net[3]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    return net
+
+
+def _loss(net: nn.Module, step: int, rank: int, world_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    batch = torch.randn(4 * world_size, WIDTH, generator=generator)
+    return net(batch.chunk(world_size)[rank]).square().mean()
+
+
+def _backward(net: nn.Module, step: int, rank: int, world_size: int) -> None:
+    _loss(net, step, rank, world_size).backward()
+
+
+def _joined(backend: str, rank: int, world_size: int) -> None:
+    """gloo is joined by hand: run_ranks(init=True) makes it impossible, which proves that mlsys was used."""
+    if backend == "gloo":
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+
+
+# ---- training with clipping
+
+
+def _clips_as_torch(rank: int, world_size: int, backend: str) -> None:
+    _joined(backend, rank, world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    for name in TORCH_PEERS:
+        variant = VARIANTS[name][-1]
+        ours, theirs = _model(mesh), _model(mesh)
+        optimizer, peer = (
+            make(name, ours.parameters(), variant),
+            make_peer(name, theirs.parameters(), variant),
+        )
+        for step in range(4):
+            _loss(ours, step, rank, world_size).backward()
+            for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                other.grad = mine.grad.clone()
+            total = optimizer.sum_of_squares()
+            norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.1).full_tensor()
+            # float32 squares and sums of fewer than 128 terms: 128 roundings of the sum, half in its root.
+            assert abs(total.sqrt() - norm) <= 64 * 2.0**-24 * norm
+            optimizer.step_scaled(grad_scale=clip_scale(total, 0.1))
+            peer.step()
+            for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                # Gradients differ by the norm's error alone (2^-18); a normalised update, whose moments see
+                # the same relative error at every step, differs by at most a few times that, and the
+                # parameter rounds as one does in the contract test. Data is well away from zero divisions.
+                bound = 8 * 2.0**-18 * variant["lr"] * (step + 1) + 16 * 2.0**-24 * (1.0 + other.abs())
+                assert ((mine - other).abs() <= bound).to_local().all(), (name, step)
+                with torch.no_grad():
+                    mine.copy_(other)
+            optimizer.zero_grad()
+            peer.zero_grad()
+        for mine, other in zip(optimizer.state.values(), peer.state.values(), strict=True):
+            assert mine.keys() == other.keys()
+            for key in mine:
+                assert type(mine[key]) is type(other[key])
+                assert mine[key].shape == other[key].shape
+
+
+@pytest.mark.parametrize("backend", ["mlsys", "gloo"])
+def test_clipped_steps_of_an_fsdp2_model_equal_torchs(run_ranks: Any, backend: str) -> None:
+    run_ranks(_clips_as_torch, 2, backend, init=backend == "mlsys")
+
+
+# ---- shards step with the bits of the whole
+
+
+def _shards_step_as_the_whole(rank: int, world_size: int) -> None:
+    line = init_device_mesh("cpu", (world_size,))
+    layouts: list[tuple[tuple[int, ...], Any]] = [
+        ((9, 3), [Shard(0)]),
+        ((3, 8), [Shard(1)]),
+        ((1, 4), [Shard(0)]),  # nothing on the second rank
+        ((6,), [Replicate()]),
+        ((), [Replicate()]),
+        ((4100, 3), [Shard(0)]),
+    ]
+    for name in TORCH_PEERS:
+        generator = torch.Generator().manual_seed(5)
+        whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in layouts]
+        shards = [
+            nn.Parameter(distribute_tensor(p.detach().clone(), line, placements))
+            for p, (_, placements) in zip(whole, layouts, strict=True)
+        ]
+        plain = nn.Parameter(torch.ones(3))
+        both = make(name, [*shards, plain], VARIANTS[name][-1])
+        alone = make(name, [*whole, nn.Parameter(torch.ones(3))], VARIANTS[name][-1])
+        addresses = [p.to_local().data_ptr() for p in shards]
+        for step in range(3):
+            for number, (a, b) in enumerate(zip(shards, whole, strict=True)):
+                b.grad = gradients_for(b.shape, 1, seed=100 * step + number)[0]
+                a.grad = distribute_tensor(b.grad, line, layouts[number][1])
+            plain.grad = torch.full((3,), 2.0)
+            alone.param_groups[0]["params"][-1].grad = plain.grad
+            expected = alone.sum_of_squares().item()
+            # Two float64 sums of positive terms in another order: a rounding a chunk, and a few to combine.
+            assert abs(both.sum_of_squares().item() - expected) <= 16 * 2.0**-53 * expected
+            both.step()
+            alone.step()
+        for a, b in zip(shards, whole, strict=True):
+            assert torch.equal(a.full_tensor(), b)
+        assert [p.to_local().data_ptr() for p in shards] == addresses
+        for state, other in zip(both.state.values(), alone.state.values(), strict=True):
+            for key, value in state.items():
+                assert torch.equal(value.full_tensor() if hasattr(value, "to_local") else value, other[key])
+
+
+def test_shards_step_in_place_with_the_bits_of_the_whole(run_ranks: Any) -> None:
+    run_ranks(_shards_step_as_the_whole, 2)
+
+
+# ---- norms on two-dimensional meshes
+
+
+def _two_dimensional_norms(rank: int, world_size: int) -> float:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    generator = torch.Generator().manual_seed(0)
+    params, expected = [], torch.zeros((), dtype=torch.float64)
+    for placements in (
+        [Replicate(), Shard(0)],
+        [Shard(0), Shard(1)],
+        [Shard(1), Replicate()],
+        [Replicate(), Replicate()],
+        None,
+    ):
+        gradient = torch.randn(5, 6, generator=generator)
+        expected += gradient.double().square().sum()
+        parameter = nn.Parameter(torch.zeros(5, 6))
+        if placements is not None:
+            parameter = nn.Parameter(distribute_tensor(torch.zeros(5, 6), mesh, placements))
+            gradient = distribute_tensor(gradient, mesh, placements)
+        parameter.grad = gradient
+        params.append(parameter)
+    net = _model(mesh)  # HSDP: replicated over the first dimension
+    for parameter in net.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator)
+        expected += gradient.double().square().sum()
+        parameter.grad = distribute_tensor(gradient, mesh, parameter.placements)
+        params.append(parameter)
+    total = AdamW(params).sum_of_squares().item()
+    # Squares and sums in float64 in another order: at most one rounding a term.
+    assert abs(total - expected.item()) <= 400 * 2.0**-53 * expected.item()
+    params[0].grad.to_local()[:] = torch.nan if rank == 1 else 0.0  # rank 3 holds the same shard
+    if rank == 3:
+        params[0].grad.to_local()[:] = torch.nan
+    assert AdamW(params).sum_of_squares().isnan()
+    return total
+
+
+def test_norms_on_two_dimensional_meshes_count_replicas_once_on_all_ranks(run_ranks: Any) -> None:
+    assert len(set(run_ranks(_two_dimensional_norms, 4))) == 1
+
+
+# ---- state
+
+
+def _trained(mesh: Any, steps: range, net: Any = None, optimizer: Any = None) -> Any:
+    net = _model(mesh) if net is None else net
+    optimizer = AdamW(net.parameters(), lr=0.05) if optimizer is None else optimizer
+    for step in steps:
+        for number, parameter in enumerate(net.parameters()):
+            gradient = gradients_for(tuple(parameter.shape), 1, seed=50 * step + number)[0]
+            parameter.grad = distribute_tensor(gradient, mesh, parameter.placements)
+        optimizer.step()
+    optimizer.zero_grad()
+    return net, optimizer
+
+
+def _whole(net: nn.Module) -> list[Any]:
+    """As numbers: they travel between processes by value."""
+    return [parameter.full_tensor().tolist() for parameter in net.parameters()]
+
+
+def _saves(rank: int, world_size: int, folder: str) -> list[Any]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    net, optimizer = _trained(mesh, range(3))
+    state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        torch.save(full, Path(folder) / "full.pt")
+    dist.barrier()
+    return _whole(_trained(mesh, range(3, 6), net, optimizer)[0])
+
+
+def _loads(rank: int, world_size: int, folder: str) -> list[list[Any]]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    results = []
+    for how in ("checkpoint", "full"):
+        net = _model(mesh)
+        optimizer = AdamW(net.parameters(), lr=1.0)
+        state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
+        dcp.load(state, checkpoint_id=folder)
+        net.load_state_dict(state["model"])
+        if how == "checkpoint":
+            set_optimizer_state_dict(net, optimizer, state["optimizer"])
+        else:
+            full = torch.load(Path(folder) / "full.pt", weights_only=True)
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(net, optimizer, full, options=options)
+        results.append(_whole(_trained(mesh, range(3, 6), net, optimizer)[0]))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_checkpoint_of_two_ranks_continues_with_the_same_bits_at_another_world_size(
+    run_ranks: Any, tmp_path: Path, world_size: int
+) -> None:
+    straight = run_ranks(_saves, 2, str(tmp_path))[0]
+    for continued in run_ranks(_loads, world_size, str(tmp_path))[0]:
+        assert straight == continued
+
+
+def _state_of_a_plain_model(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    plain = _model()
+    optimizer = AdamW(plain.parameters(), lr=0.05)
+    for number, parameter in enumerate(plain.parameters()):
+        parameter.grad = gradients_for(tuple(parameter.shape), 1, seed=number)[0]
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    sharded, other = _trained(mesh, range(1))
+    other.load_state_dict(saved)  # whole tensors: every rank takes its shards
+    optimizer.step()
+    for number, parameter in enumerate(sharded.parameters()):
+        gradient = gradients_for(tuple(parameter.shape), 1, seed=number)[0]
+        parameter.grad = distribute_tensor(gradient, mesh, parameter.placements)
+    other.step()
+    assert _whole(sharded) == [parameter.tolist() for parameter in plain.parameters()]
+    optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(CheckpointError, match=r"exp_avg of .* as .*Shard"):
+        optimizer.step()
+
+
+def test_state_of_a_plain_model_is_cut_into_shards_and_the_reverse_is_refused(run_ranks: Any) -> None:
+    run_ranks(_state_of_a_plain_model, 2)
+
+
+# ---- inside the backward
+
+
+def _in_backward(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    for options in ({}, {"max_grad_norm": 0.05}, {"max_grad_norm": 0.05, "clip": "two_pass"}):
+        ours, theirs = _model(mesh), _model(mesh)
+        optimizer, ordinary = (AdamW(net.parameters(), lr=0.05) for net in (ours, theirs))
+        handle = step_in_backward(optimizer, **options)  # type: ignore[arg-type]
+        previous = None
+        for step in range(4):
+            if options.get("clip") == "two_pass":
+                handle.step(functools.partial(_backward, ours, step, rank, world_size))
+            else:
+                _loss(ours, step, rank, world_size).backward()
+            assert all(parameter.grad is None for parameter in ours.parameters())
+            _loss(theirs, step, rank, world_size).backward()
+            total = ordinary.sum_of_squares()
+            if not options:
+                ordinary.step()
+            elif "clip" in options:
+                ordinary.step_scaled(grad_scale=clip_scale(total, 0.05))
+            elif previous is not None:
+                ordinary.step_scaled(grad_scale=clip_scale(previous, 0.05))
+            previous = total
+            ordinary.zero_grad()
+            assert not options or torch.equal(handle.grad_norm, total.sqrt())
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a.to_local(), b.to_local()), options
+
+
+def test_fsdp2_models_step_inside_the_backward_with_the_same_bits(run_ranks: Any) -> None:
+    run_ranks(_in_backward, 2)
+
+
+# ---- refusals
+
+
+def _refusals(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    partial = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    with pytest.raises(ConfigError, match=r"weight is .*Partial"):
+        AdamW([("weight", nn.Parameter(partial))])
+    for dtype in (torch.complex64, torch.float64):
+        with pytest.raises(ConfigError, match="weight is"):
+            AdamW([("weight", nn.Parameter(distribute_tensor(torch.ones(4, dtype=dtype), mesh, [Shard(0)])))])
+    parameter = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    optimizer = AdamW([("weight", parameter)])
+    parameter.grad = distribute_tensor(torch.ones(4), mesh, [Replicate()])
+    for refused in (optimizer.step, optimizer.sum_of_squares):
+        with pytest.raises(ConfigError, match=r"gradient of weight is .*Replicate.*redistribute"):
+            refused()
+    assert torch.equal(parameter.full_tensor(), torch.ones(4))
+
+
+def test_partial_parameters_and_gradients_laid_out_otherwise_are_refused(run_ranks: Any) -> None:
+    run_ranks(_refusals, 2)
