@@ -26,7 +26,7 @@ from rich.table import Table
 from mlsys_engine.memory.flat_arena import FlatArena, layout_slots
 from mlsys_engine.optim import AdamW, clip_scale
 from mlsys_engine.optim.kernels import HYPER_COLUMNS, SEGMENT_COLUMNS, operators
-from mlsys_engine.optim.segments import fill_lengths
+from mlsys_engine.optim.segments import FIRST_STATE_COLUMN, GRAD_COLUMN, PARAM_COLUMN, fill_lengths
 
 ADAMW_BYTES = 28  # 4 reads and 3 writes of fp32
 NORM_BYTES = 4
@@ -94,7 +94,10 @@ def torch_clipped(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parame
 def probe(numel: int) -> Callable[[], object]:
     arrays = [torch.zeros(numel) for _ in range(4)]
     table = torch.zeros(1, SEGMENT_COLUMNS, dtype=torch.int64)
-    table[0, :4] = torch.tensor([array.data_ptr() for array in arrays])
+    for column, array in zip(
+        (PARAM_COLUMN, GRAD_COLUMN, FIRST_STATE_COLUMN, FIRST_STATE_COLUMN + 1), arrays, strict=True
+    ):
+        table[0, column] = array.data_ptr()
     fill_lengths(table, [numel], [0], [0])
     hyper, steps = torch.zeros(1, HYPER_COLUMNS, dtype=torch.float64), torch.ones(1)
 

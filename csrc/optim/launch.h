@@ -10,26 +10,34 @@ namespace mlsys {
 
 struct StepArguments;
 
-// CPU. One call steps a whole table; see step.h. Segments with state[0] == 0 take plain SGD.
-void adamw_step(const StepArguments& args);
-void sgd_step(const StepArguments& args);
+// The rules that work element by element, by their names in mlsys_engine/optim/registry.py. One in the list
+// has an instantiation file here and one in cuda/; operators and tile steps follow from the list.
+#define MLSYS_ELEMENT_RULES(X) \
+  X(adamw)                     \
+  X(sgd)
+
+// CPU. One call steps a whole table; see step.h.
+#define MLSYS_DECLARE(rule) void rule##_step(const StepArguments& args);
+MLSYS_ELEMENT_RULES(MLSYS_DECLARE)
+#undef MLSYS_DECLARE
 // Reads parameter, gradient and two moments and writes three of them with next to no arithmetic: the
 // bandwidth that an AdamW step cannot exceed. For benchmarks.
 void stream_probe_step(const StepArguments& args);
 
-struct FloatSpan {
-  const float* data;
+struct Span {
+  const void* data;
   int64_t numel;
 };
-// Sum of squares over all spans, in double; see sum_of_squares.cpp for the order.
-double sum_of_squares(const FloatSpan* spans, int64_t num_spans, ParallelFor pool);
+// Sum of squares over all spans, in double; see sum_of_squares.cpp for the order. `form` is float32, bfloat16
+// or float16, of all of them.
+double sum_of_squares(const Span* spans, int64_t num_spans, Stored form, ParallelFor pool);
 // The two halves of that sum, for those who hold a part of the spans: a term for each chunk of each span, in
 // order, and the sum of terms.
-int64_t num_terms(const FloatSpan* spans, int64_t num_spans);
-void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, ParallelFor pool);
+int64_t num_terms(const Span* spans, int64_t num_spans);
+void chunk_squares(const Span* spans, int64_t num_spans, Stored form, double* terms, ParallelFor pool);
 double add_terms(const double* terms, int64_t count);
 // One term: of one chunk, at most kChunkElements.
-double chunk_sum_of_squares(const FloatSpan& chunk);
+double chunk_sum_of_squares(const float* chunk, int64_t numel);
 
 namespace cuda {
 
@@ -44,11 +52,12 @@ struct StepLaunch {
   const double* control;
   void* stream;
 };
-void adamw_step(const StepLaunch& launch);
-void sgd_step(const StepLaunch& launch);  // rows of both kinds; a row with state[0] == 0 takes plain SGD
+#define MLSYS_DECLARE(rule) void rule##_step(const StepLaunch& launch);
+MLSYS_ELEMENT_RULES(MLSYS_DECLARE)
+#undef MLSYS_DECLARE
 
 // The same two halves of the sum of squares of device arrays; `terms` and `result` are on the device.
-void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, void* stream);
+void chunk_squares(const Span* spans, int64_t num_spans, Stored form, double* terms, void* stream);
 void add_terms(const double* terms, int64_t count, double* result, void* stream);
 
 }  // namespace cuda

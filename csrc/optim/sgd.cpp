@@ -7,10 +7,10 @@
 
 namespace mlsys {
 
-void sgd_step(const StepArguments& args) { step_segments<MomentumSgd, PlainSgd>(args); }
+void sgd_step(const StepArguments& args) { step_segments<PlainSgd, MomentumSgd>(args); }
 
 std::unique_ptr<TileStep> sgd_tile_step(const StepArguments& args) {
-  return std::make_unique<TableTileStep<MomentumSgd, PlainSgd>>(args);
+  return std::make_unique<TableTileStep<PlainSgd, MomentumSgd>>(args);
 }
 
 }  // namespace mlsys

@@ -6,7 +6,9 @@ namespace mlsys {
 
 std::unique_ptr<TileStep> make_tile_step(std::string_view rule, const StepArguments& args) {
   using Make = std::unique_ptr<TileStep> (*)(const StepArguments&);
-  constexpr std::pair<std::string_view, Make> kRules[] = {{"adamw", adamw_tile_step}, {"sgd", sgd_tile_step}};
+#define MLSYS_ENTRY(name) {#name, name##_tile_step},
+  constexpr std::pair<std::string_view, Make> kRules[] = {MLSYS_ELEMENT_RULES(MLSYS_ENTRY)};
+#undef MLSYS_ENTRY
   for (const auto& [name, make] : kRules) {
     if (name == rule) return make(args);
   }

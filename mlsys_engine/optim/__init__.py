@@ -2,7 +2,9 @@
 
 from mlsys_engine.optim import schedules
 from mlsys_engine.optim.adamw import AdamW
+from mlsys_engine.optim.averaging import averaged_weights
 from mlsys_engine.optim.base import NativeOptimizer
+from mlsys_engine.optim.formats import Precision
 from mlsys_engine.optim.in_backward import StepInBackward, step_in_backward
 from mlsys_engine.optim.loss_scaler import LossScaler
 from mlsys_engine.optim.noise_scale import GradientNoiseScale
@@ -17,7 +19,9 @@ __all__ = [
     "GradientNoiseScale",
     "LossScaler",
     "NativeOptimizer",
+    "Precision",
     "StepInBackward",
+    "averaged_weights",
     "clip_scale",
     "optimizer_class",
     "schedules",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -11,17 +12,18 @@ from torch.optim.optimizer import ParamsT
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim.base import NativeOptimizer
 from mlsys_engine.optim.checks import check_flag_is_off, check_range
+from mlsys_engine.optim.formats import Precision
 
 
 class AdamW(NativeOptimizer):
-    """Drop-in for torch.optim.AdamW on float32 parameters: 28 bytes moved and 16 stored a parameter.
+    """Drop-in for torch.optim.AdamW: on float32 parameters 28 bytes moved and 16 stored a parameter.
 
-    `master` and `moments` choose the precision of the master copy and of the moments; None and "fp32" are
-    there.
+    `precision` are the keywords of `mls.optim.Precision`: master, moments, ema, seed.
     """
 
     rule: ClassVar[str] = "adamw"
     counts_steps: ClassVar[bool] = True
+    moment_kinds: ClassVar[Mapping[str, str]] = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
 
     def __init__(
         self,
@@ -32,8 +34,7 @@ class AdamW(NativeOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        master: str | None = None,
-        moments: str = "fp32",
+        **precision: Unpack[Precision],
     ) -> None:
         # The last six are torch's: kept, switched off, so that state dictionaries have the same keys.
         super().__init__(
@@ -44,8 +45,6 @@ class AdamW(NativeOptimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "maximize": maximize,
-                "master": master,
-                "moments": moments,
                 "amsgrad": False,
                 "foreach": None,
                 "capturable": False,
@@ -53,6 +52,7 @@ class AdamW(NativeOptimizer):
                 "fused": None,
                 "decoupled_weight_decay": True,
             },
+            precision,
         )
 
     def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -82,12 +82,6 @@ class AdamW(NativeOptimizer):
                 "decoupled_weight_decay=False is set.",
                 "AdamW decays weights decoupled.",
                 "Use torch.optim.Adam, or set it to True.",
-            )
-        if group["master"] is not None or group["moments"] != "fp32":
-            raise ConfigError(
-                f"master={group['master']!r}, moments={group['moments']!r} was given.",
-                'master=None and moments="fp32" are what this version has.',
-                "Leave both out.",
             )
 
     def torch_step(

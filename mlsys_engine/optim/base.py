@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from mlsys_engine.memory.flat_arena import FlatArena
 from mlsys_engine.optim import distributed
 from mlsys_engine.optim.adopted import AdoptedArena
 from mlsys_engine.optim.checks import check_parameter
+from mlsys_engine.optim.formats import PRECISION, Form, Precision, check_precision, form_of
 from mlsys_engine.optim.kernels import is_native
 from mlsys_engine.optim.loading import matched_by_name
 from mlsys_engine.optim.plan import StepPlan
@@ -28,12 +30,15 @@ class NativeOptimizer(torch.optim.Optimizer):
     """Base of the native optimizers; drop-in for torch's: same options, hooks, state and semantics.
 
     Beyond torch: `adopt` (flat arenas), `sum_of_squares` and `step_scaled` (norm and clipped step in two
-    sweeps). Parameters whose `.grad` is None are left alone. A rule is a subclass with the members marked
-    "rule" below, one file in csrc/optim/rules and one line in registry.py.
+    sweeps), and the keywords of `Precision` for parameters and moments narrower than float32.
+    Parameters whose `.grad` is None are left alone. A rule is a subclass with the members marked "rule"
+    below, one file in csrc/optim/rules and one line in registry.py.
     """
 
     rule: ClassVar[str]  # rule: the native operator is torch.ops.mlsys.<rule>_step
     counts_steps: ClassVar[bool]  # rule: whether state[p]["step"] exists, as in torch's own state
+    # Rule: which moments may be narrowed: "signed", or "unsigned" for sums of squares. Others stay float32.
+    moment_kinds: ClassVar[Mapping[str, str]] = MappingProxyType({})
     defaults: Group
 
     # Caches, rebuilt on demand: torch's pickling and deepcopy carry defaults, state and groups only.
@@ -42,8 +47,11 @@ class NativeOptimizer(torch.optim.Optimizer):
     _adopted: tuple[AdoptedArena, ...] = ()
     _announced: bool = False
 
-    def __init__(self, params: ParamsT, defaults: Group) -> None:
-        self.check_group(defaults)
+    def __init__(self, params: ParamsT, defaults: Group, precision: Precision | None = None) -> None:
+        if unknown := (precision or {}).keys() - PRECISION.keys():
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
+        defaults = {**defaults, **PRECISION, **(precision or {})}
+        self._check_group(defaults)
         super().__init__(
             params if isinstance(params, Tensor) else _listed(params, type(self).__name__), defaults
         )
@@ -81,13 +89,15 @@ class NativeOptimizer(torch.optim.Optimizer):
         return loss
 
     @torch.optim.Optimizer.profile_hook_step
-    def step_scaled(self, *, grad_scale: float | Tensor = 1.0, skip: bool | Tensor = False) -> None:
+    def step_scaled(
+        self, *, grad_scale: float | Tensor = 1.0, skip: bool | Tensor = False, zero_grad: bool = False
+    ) -> None:
         """The step with gradients multiplied by `grad_scale` as they are read (they are not changed).
 
         With `skip` nothing happens at all: no decay, no momentum, no step count. Scalars on the parameters'
-        own device are not waited for.
+        own device are not waited for. With `zero_grad` the gradients are zeroed in the same pass.
         """
-        self._advance(grad_scale, skip)
+        self._advance(grad_scale, skip, zero_grad)
         self._opt_called = True  # what torch's schedulers look at to see that a step came before them
 
     def add_param_group(self, param_group: Group) -> None:
@@ -101,24 +111,59 @@ class NativeOptimizer(torch.optim.Optimizer):
                 name, parameter = item if isinstance(item, tuple) else (None, item)
                 if isinstance(parameter, Tensor):
                     check_parameter(parameter, name or f"Parameter {position} of group {index}")
-            self.check_group({**self.defaults, **param_group})
+            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. In any precision moments, and narrow parameters' "master", are float32."""
+        saved = super().state_dict()
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            for parameter, index in zip(group["params"], packed["params"], strict=True):
+                if index in saved["state"] and not (form := self.form_of(parameter, group)).is_plain:
+                    state, names = saved["state"][index], self.moment_names(group)
+                    saved["state"][index] = distributed.exported_state(
+                        parameter, state, form, names, self.name_of
+                    )
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads our own or torch's state; with adopted arenas the values are copied into them.
 
-        When both sides have parameter names, they are matched by name, in whatever order and groups.
+        When both sides have parameter names, they are matched by name, in whatever order and groups. State
+        that was saved under another `master` or `moments` is converted at the next step.
         """
         state_dict = matched_by_name(self, state_dict)
         for group in state_dict["param_groups"]:
-            self.check_group({**self.defaults, **group})
+            self._check_group({**self.defaults, **group})
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        self._restore_wide(state_dict)
         if self._adopted:
             params = self._parameters()
             ensure_state(self, params, [position for position, p in enumerate(params) if self.state.get(p)])
+
+    def _restore_wide(self, saved: dict[str, Any]) -> None:
+        """torch casts what it loads to the parameter's dtype; a narrow one's state is wider than that."""
+        for group, loaded in zip(self.param_groups, saved["param_groups"], strict=True):
+            for parameter, index in zip(group["params"], loaded["params"], strict=True):
+                if parameter.dtype is torch.float32:
+                    continue
+                for key, value in saved["state"].get(index, {}).items():
+                    if key != "step" and isinstance(value, Tensor) and value.dtype is not parameter.dtype:
+                        self.state[parameter][key] = value.to(parameter.device)
+
+    # ---- precision
+
+    def form_of(self, parameter: Tensor, group: Group) -> Form:
+        """How this parameter of `group` and its state are stored."""
+        names = self.moment_names(group)
+        return form_of(parameter, group, tuple(self.moment_kinds.get(name, "exact") for name in names))
+
+    def _check_group(self, group: Group) -> None:
+        check_precision(group)
+        self.check_group(group)
 
     # ---- beyond torch
 
@@ -127,7 +172,10 @@ class NativeOptimizer(torch.optim.Optimizer):
 
         Moments move to arenas of the same layout, and neighbouring slots become one segment. A slot's name is
         its parameter's name; nameless parameters are found by address. Slots of nobody here are left alone.
+        Parameters in bf16 and fp16 arenas are stepped where they are, each by itself.
         """
+        if params.data.dtype != torch.float32:
+            return
         arena = AdoptedArena(params, grads)
         arena.claim(self._parameters(), self._names())
         self._adopted = (*self._adopted, arena)
@@ -146,7 +194,7 @@ class NativeOptimizer(torch.optim.Optimizer):
     # ---- the step
 
     @torch.no_grad()
-    def _advance(self, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
+    def _advance(self, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool = False) -> None:
         if not isinstance(skip, Tensor) or skip.device.type == "cpu":
             if bool(skip):
                 return
@@ -158,7 +206,7 @@ class NativeOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.is_current(self, params, missing):
             self._announce(params)
             plan = self._plan = StepPlan(self, params, missing)
-        plan.run(self, [grad for grad in grads if grad is not None], grad_scale, skip)
+        plan.run(self, [grad for grad in grads if grad is not None], grad_scale, skip, zero_grad)
 
     def _announce(self, params: list[Tensor]) -> None:
         strangers = {parameter.device for parameter in params if not is_native(parameter.device)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlsys_engine.errors import ConfigError
+from mlsys_engine.optim.formats import STORED
 
 
 def check_range(name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
@@ -57,11 +58,11 @@ def check_parameter(parameter: Tensor, name: str) -> None:
             "Real parameters are expected.",
             "Optimise torch.view_as_real(parameter), or use torch.optim for it.",
         )
-    if parameter.dtype != torch.float32:
+    if parameter.dtype not in STORED:
         raise ConfigError(
             f"{name} is {_short(parameter.dtype)}.",
-            "float32 parameters are expected.",
-            "Keep the model in float32 and run its forward under torch.autocast, or use torch.optim.",
+            "float32, bf16 or fp16 parameters are expected.",
+            "Convert the model, with model.float() for example, or use torch.optim.",
         )
 
 
@@ -74,13 +75,13 @@ def check_gradient(gradient: Tensor, parameter: Tensor, name: str) -> None:
             "Build the embedding with sparse=False, or use torch.optim.SparseAdam for it.",
         )
     if (
-        gradient.dtype != torch.float32
+        gradient.dtype not in STORED
         or gradient.device != parameter.device
         or gradient.shape != parameter.shape
     ):
         raise ConfigError(
             f"The gradient of {name} is {describe(gradient)}.",
-            f"{describe(parameter)} is expected, like the parameter.",
+            f"{describe(parameter)} is expected, like the parameter; float32, bf16 and fp16 will do.",
             "Convert it before step().",
         )
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.optim.formats import ZERO_GRAD
 from mlsys_engine.optim.kernels import is_native, step_operator
 from mlsys_engine.optim.operands import DeviceLaunch, SentTable, device_hyper, hyper_table
-from mlsys_engine.optim.segments import ArenaSegments, LooseSegments, Row, Segments
+from mlsys_engine.optim.segments import FORMAT_COLUMN, ArenaSegments, LooseSegments, Row, Segments
 
 if TYPE_CHECKING:
     from mlsys_engine.optim.base import NativeOptimizer
@@ -24,7 +26,9 @@ class DeviceStep(Protocol):
     def bind(self, gradients: list[Tensor]) -> None:
         """Checks this step's gradients; nothing has changed when it raises."""
 
-    def run(self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor) -> None: ...
+    def run(
+        self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
+    ) -> None: ...
 
 
 class CpuStep:
@@ -50,7 +54,9 @@ class CpuStep:
         loose.bind(gradients, self._name_of)
         self._held = gradients
 
-    def run(self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
+    def run(
+        self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
+    ) -> None:
         if bool(skip):
             return
         self.advance(1.0)
@@ -58,7 +64,8 @@ class CpuStep:
         hyper = hyper_table(optimizer)
         for row, column, value in device_hyper(optimizer):
             hyper[row, column] = float(value)
-        step_operator(optimizer.rule)(self.segments.table, hyper, self.advance.counts, float(grad_scale))
+        table = zeroing(self.segments.table) if zero_grad else self.segments.table
+        step_operator(optimizer.rule)(table, hyper, self.advance.counts, float(grad_scale))
         self.finish()
 
     def prepare(self) -> None:
@@ -89,9 +96,12 @@ class CudaStep:
 
     def bind(self, gradients: list[Tensor]) -> None:
         self._cpu.bind(gradients)
-        self._table.send(self._cpu.segments.table)
 
-    def run(self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
+    def run(
+        self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
+    ) -> None:
+        table = self._cpu.segments.table
+        self._table.send(zeroing(table) if zero_grad else table)
         self._launch.prepare(optimizer, grad_scale, skip)
         self._cpu.advance(self._launch.num_counted)
         self._cpu.prepare()
@@ -103,6 +113,13 @@ class TorchStep:
     """torch's own implementation, for devices without native kernels. Waits for `skip`."""
 
     def __init__(self, optimizer: NativeOptimizer, rows: Sequence[Row]) -> None:
+        if any(not row.form.is_plain for row in rows):
+            raise ConfigError(
+                f"{type(optimizer).__name__} has more than float32 parameters and moments on "
+                f"{rows[0].parameter.device}.",
+                "This build has no kernels for that device, and torch's own step knows only float32.",
+                'Keep the model in float32 with moments="fp32" and ema=None there.',
+            )
         self._rows = rows
         self._gradients: list[Tensor] = []
 
@@ -112,10 +129,13 @@ class TorchStep:
     def bind(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
 
-    def run(self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
+    def run(
+        self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
+    ) -> None:
         gradients, self._gradients = self._gradients, []
         if bool(skip):
             return
+        held = gradients
         if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
             gradients = [gradient * grad_scale for gradient in gradients]
         for number, group in enumerate(optimizer.param_groups):
@@ -127,6 +147,8 @@ class TorchStep:
                     [gradients[i] for i in chosen],
                     [self._rows[i].step == 0 for i in chosen],
                 )
+        if zero_grad:
+            torch._foreach_zero_(held)
 
 
 class StepAdvance:
@@ -148,12 +170,19 @@ class StepAdvance:
 
 
 def arena_segments(optimizer: NativeOptimizer, rows: Sequence[Row]) -> ArenaSegments | None:
-    """The rows as runs of adopted slots, when all of them are adopted."""
+    """The rows as runs of adopted slots, when all of them are adopted and plain float32."""
     arena_of = {parameter: arena for arena in optimizer._adopted for parameter in arena.order}
-    if not all(row.parameter in arena_of for row in rows):
+    if not all(row.parameter in arena_of and row.form.is_plain for row in rows):
         return None
     names = [optimizer.moment_names(group) for group in optimizer.param_groups]
     return ArenaSegments(rows, arena_of.__getitem__, names)
+
+
+def zeroing(table: Tensor) -> Tensor:
+    """The table with gradients that are zeroed after they were read."""
+    table = table.clone()
+    table[:, FORMAT_COLUMN] |= ZERO_GRAD
+    return table
 
 
 def make_device_step(optimizer: NativeOptimizer, device: torch.device, rows: Sequence[Row]) -> DeviceStep:

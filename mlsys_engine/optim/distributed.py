@@ -18,6 +18,8 @@ from torch import Tensor
 from mlsys_engine.errors import CheckpointError, ConfigError
 from mlsys_engine.optim import norms
 from mlsys_engine.optim.checks import describe
+from mlsys_engine.optim.formats import LIKE_PARAMETER, Form
+from mlsys_engine.optim.storage import exported
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
@@ -85,11 +87,31 @@ def store_state(
     """Writes what local_state gave, and what was made of it, back to the parameter's own state."""
     if state is shards:
         return
+    for key in state.keys() - shards.keys():
+        del state[key]
     for key, value in shards.items():
         if key not in moments:
             state[key] = value
         elif not _holds(state.get(key), value):
             state[key] = like(value, parameter)
+
+
+def exported_state(
+    parameter: Tensor,
+    state: dict[str, Any],
+    form: Form,
+    moments: tuple[str, ...],
+    name_of: Callable[[Tensor], str],
+) -> dict[str, Any]:
+    """A parameter's state as storage.exported has it, with DTensors for a DTensor."""
+    if not is_sharded(parameter):
+        return exported(parameter, state, form, moments)
+    shards = local_state(parameter, state, (*moments, *LIKE_PARAMETER), name_of)
+    values = exported(local(parameter), shards, form, moments)
+    for key in (*moments, *LIKE_PARAMETER):
+        if isinstance(value := values.get(key), Tensor):
+            values[key] = like(value, parameter)
+    return values
 
 
 # ---- norms

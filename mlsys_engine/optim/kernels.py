@@ -10,11 +10,10 @@ from torch import Tensor
 
 from mlsys_engine.native import build_info, load_kernels
 
-SEGMENT_COLUMNS = (
-    8  # csrc/optim/segment.h: param, grad, state 0, state 1, numel, first chunk, hyper row, step
-)
+SEGMENT_COLUMNS = 20  # csrc/optim/segment.h
 CHUNK_ELEMENTS = 4096
-HYPER_COLUMNS = 8
+HYPER_COLUMNS = 12
+EMA_DECAY_COLUMN = 11
 
 
 @functools.cache
@@ -41,5 +40,5 @@ def _fake_cast(input: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(input, dtype=dtype)
 
 
-def _fake_into_out(source: Tensor, out: Tensor) -> None:
+def _fake_into_out(source: Tensor, out: Tensor, form: int = 0) -> None:
     return None

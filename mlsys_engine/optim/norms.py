@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mlsys_engine.optim.formats import STORED
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS, is_native, operators
 from mlsys_engine.optim.segments import is_dense
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of squares of float32 tensors in float64, without dimensions; zero for none. The order is fixed.
+    """Sum of squares of float32, bf16 or fp16 tensors in float64, 0-d; zero for none. The order is fixed.
 
     Tensors on several devices are summed on each, then on the first one's device.
     """
@@ -28,13 +29,13 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def squares_of_chunks(spans: Tensor, terms: Tensor) -> None:
+def squares_of_chunks(spans: Tensor, terms: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """The terms of that sum, one for each chunk of CHUNK_ELEMENTS of each span in order, into `terms`.
 
-    `spans` is int64 [n, 2] on the CPU: addresses and lengths of float32 memory on the device of `terms`
+    `spans` is int64 [n, 2] on the CPU: addresses and lengths of memory of `dtype` on the device of `terms`
     (float64), which the caller keeps alive.
     """
-    operators().chunk_squares(spans, terms)
+    operators().chunk_squares(spans, terms, int(STORED[dtype]))
 
 
 def terms_of(tensor: Tensor) -> Tensor:
@@ -42,16 +43,12 @@ def terms_of(tensor: Tensor) -> Tensor:
 
     `sum_of_terms` of all tensors' terms in order has the bits of their `sum_of_squares`.
     """
-    if (
-        not is_native(tensor.device)
-        or tensor.dtype is not torch.float32
-        or tensor.layout is not torch.strided
-    ):
+    if not is_native(tensor.device) or tensor.dtype not in STORED or tensor.layout is not torch.strided:
         return _on_device(tensor.device, [tensor]).view(1)
     flat = tensor if tensor.is_contiguous() else _flat(tensor)
     num_terms = -(-flat.numel() // CHUNK_ELEMENTS)
     terms = torch.empty(num_terms, dtype=torch.float64, device=tensor.device)
-    squares_of_chunks(torch.tensor([[flat.data_ptr(), flat.numel()]]), terms)
+    squares_of_chunks(torch.tensor([[flat.data_ptr(), flat.numel()]]), terms, flat.dtype)
     return terms
 
 
@@ -74,7 +71,11 @@ def clip_scale(sum_of_squares: Tensor, max_norm: float) -> Tensor:
 
 
 def _on_device(device: torch.device, tensors: list[Tensor]) -> Tensor:
-    plain = all(tensor.dtype is torch.float32 and tensor.layout is torch.strided for tensor in tensors)
+    dtypes = {tensor.dtype for tensor in tensors}
+    plain = dtypes <= STORED.keys() and all(tensor.layout is torch.strided for tensor in tensors)
+    if plain and len(dtypes) > 1:
+        members = [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in STORED]
+        return torch.stack([_on_device(device, alike) for alike in members if alike]).sum()
     if not is_native(device) or not plain:
         dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
         return torch.stack(torch._foreach_norm(dense, 2, torch.float64)).square().sum()
@@ -88,7 +89,8 @@ def _on_device(device: torch.device, tensors: list[Tensor]) -> Tensor:
         spans.append(tensor.data_ptr())
         spans.append(tensor.numel())
     out = torch.empty((), dtype=torch.float64, device=device)
-    operators().sum_of_squares(torch.tensor(spans, dtype=torch.int64).view(-1, 2), out)
+    form = int(STORED[tensors[0].dtype])
+    operators().sum_of_squares(torch.tensor(spans, dtype=torch.int64).view(-1, 2), out, form)
     del held
     return out
 

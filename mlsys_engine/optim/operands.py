@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mlsys_engine.optim.kernels import HYPER_COLUMNS, step_operator
+from mlsys_engine.optim.kernels import EMA_DECAY_COLUMN, HYPER_COLUMNS, step_operator
 from mlsys_engine.optim.segments import total_chunks
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ def hyper_table(optimizer: NativeOptimizer) -> Tensor:
         [0.0 if _is_on_device(value) else float(value) for value in optimizer.hyper_row(group)]
         for group in optimizer.param_groups
     ]
-    return torch.tensor([row + [0.0] * (HYPER_COLUMNS - len(row)) for row in rows], dtype=torch.float64)
+    table = torch.tensor([row + [0.0] * (HYPER_COLUMNS - len(row)) for row in rows], dtype=torch.float64)
+    for index, group in enumerate(optimizer.param_groups):
+        if group["ema"] is not None:
+            table[index, EMA_DECAY_COLUMN] = group["ema"]
+    return table
 
 
 def device_hyper(optimizer: NativeOptimizer) -> list[tuple[int, int, Tensor]]:

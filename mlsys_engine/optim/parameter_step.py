@@ -50,4 +50,4 @@ class ParameterStep:
             gradient = distributed.local_gradient(self._parameter, gradient, self._optimizer.name_of)
             torch.autograd.graph.increment_version(self._parameter)
         self._part.bind([gradient])
-        self._part.run(self._optimizer, grad_scale, skip)
+        self._part.run(self._optimizer, grad_scale, skip, zero_grad=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,10 +43,12 @@ class StepPlan:
         self._adopted = optimizer._adopted
         self._state = optimizer.state
         self._states = list(optimizer.state.values())
-        self._keys = [
-            *(("step",) if optimizer.counts_steps else ()),
-            *sorted({n for _, ns in self._shape for n in ns}),
-        ]
+        # Only what some state has is compared: of thousands of states each key costs a look at all.
+        names = {name for shape in self._shape for name in shape.moments}
+        others = (
+            name for state in self._states for name, value in state.items() if isinstance(value, Tensor)
+        )
+        self._keys = sorted(names.union(others, ("step",) if optimizer.counts_steps else ()))
         self._tensors = {key: [state.get(key) for state in self._states] for key in self._keys}
 
     def is_current(self, optimizer: NativeOptimizer, params: list[Tensor], missing: list[bool]) -> bool:
@@ -73,6 +75,7 @@ class StepPlan:
         gradients: list[Tensor],
         grad_scale: float | Tensor,
         skip: bool | Tensor,
+        zero_grad: bool,
     ) -> None:
         """Steps all parameters; `gradients` are those of the present ones, in order."""
         for index, parameter, _ in self._sharded:
@@ -81,11 +84,26 @@ class StepPlan:
         for indices, part in self._parts:
             part.bind(gradients if indices is None else [gradients[index] for index in indices])
         for _, part in self._parts:
-            part.run(optimizer, grad_scale, skip)
+            part.run(optimizer, grad_scale, skip, zero_grad)
 
 
-def shape_of_groups(optimizer: NativeOptimizer) -> list[tuple[int, tuple[str, ...]]]:
-    return [(len(group["params"]), optimizer.moment_names(group)) for group in optimizer.param_groups]
+class _GroupShape(NamedTuple):
+    """What decides which state a group's parameters have."""
+
+    num_params: int
+    moments: tuple[str, ...]
+    precision: tuple[object, ...]
+
+
+def shape_of_groups(optimizer: NativeOptimizer) -> list[_GroupShape]:
+    return [
+        _GroupShape(
+            len(group["params"]),
+            optimizer.moment_names(group),
+            (group["master"], group["moments"], group["ema"] is None, group["seed"]),
+        )
+        for group in optimizer.param_groups
+    ]
 
 
 def same(left: Sequence[Any], right: Sequence[Any]) -> bool:

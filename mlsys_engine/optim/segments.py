@@ -14,10 +14,21 @@ from torch import Tensor
 
 from mlsys_engine.optim.adopted import AdoptedArena
 from mlsys_engine.optim.checks import check_gradient
+from mlsys_engine.optim.formats import GRAD_SHIFT, STORED, Form
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS, SEGMENT_COLUMNS
 
-GRAD_COLUMN, FIRST_STATE_COLUMN, NUMEL_COLUMN, CHUNK_COLUMN = 1, 2, 4, 5
-MAX_STATES = 2
+# csrc/optim/segment.h
+PARAM_COLUMN, GRAD_COLUMN, MASTER_COLUMN, FIRST_STATE_COLUMN, FIRST_SCALE_COLUMN, EMA_COLUMN = (
+    0,
+    1,
+    2,
+    3,
+    6,
+    9,
+)
+NUMEL_COLUMN, CHUNK_COLUMN, HYPER_COLUMN, STEP_COLUMN = 10, 11, 12, 13
+FORMAT_COLUMN, KEY_COLUMN, FIRST_ELEMENT_COLUMN, TENSOR_COLUMN, ROW_LENGTH_COLUMN = 14, 15, 16, 17, 18
+MAX_STATES = 3
 FLOAT_BYTES = 4
 
 
@@ -30,6 +41,17 @@ class Row:
     group: int  # row of the hyper-parameter table
     step_index: int  # element of the step counts: the parameter's position in the optimizer
     step: float  # its value now: rows of one segment must agree
+    form: Form
+    scales: tuple[Tensor | None, ...]  # of moments in eight-bit codes
+    master: Tensor | None
+    ema: Tensor | None
+    key: int  # of its random numbers
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All whose places the table knows, but for the gradient."""
+        others = (*self.moments, *self.scales, self.master, self.ema)
+        return (self.parameter, *(tensor for tensor in others if tensor is not None))
 
 
 class LooseSegments:
@@ -40,20 +62,30 @@ class LooseSegments:
         # The kernel walks flat memory. A parameter with gaps or repeats (an expanded or strided view) is
         # stepped through a contiguous copy.
         self._staged = [
-            (row.parameter, torch.empty(row.parameter.shape, device=row.parameter.device))
+            (
+                row.parameter,
+                torch.empty_like(row.parameter, memory_format=torch.contiguous_format),
+            )
             for row in rows
             if not is_dense(row.parameter)
         ]
         copies = {id(parameter): copy for parameter, copy in self._staged}
         self._flat = [copies.get(id(row.parameter), row.parameter) for row in rows]
         self._strides = list(map(Tensor.stride, self._flat))
+        self._grad_dtypes = [torch.float32] * len(rows)
         self.table = torch.zeros(len(rows), SEGMENT_COLUMNS, dtype=torch.int64)
-        self._watched = _watched(rows)
+        self._watched = [tensor for row in rows for tensor in row.tensors]
         self._addresses = list(map(Tensor.data_ptr, self._watched))
-        self.table[:, 0] = torch.tensor(list(map(Tensor.data_ptr, self._flat)))
+        fill_column(self.table, PARAM_COLUMN, self._flat)
+        fill_column(self.table, MASTER_COLUMN, [row.master for row in rows])
+        fill_column(self.table, EMA_COLUMN, [row.ema for row in rows])
         for state in range(MAX_STATES):
-            addresses = [row.moments[state].data_ptr() if state < len(row.moments) else 0 for row in rows]
-            self.table[:, FIRST_STATE_COLUMN + state] = torch.tensor(addresses)
+            fill_column(self.table, FIRST_STATE_COLUMN + state, [_item(row.moments, state) for row in rows])
+            fill_column(self.table, FIRST_SCALE_COLUMN + state, [_item(row.scales, state) for row in rows])
+        self._codes = torch.tensor([row.form.code for row in rows], dtype=torch.int64)
+        self.table[:, FORMAT_COLUMN] = self._codes
+        self.table[:, KEY_COLUMN] = torch.tensor([row.key for row in rows], dtype=torch.int64)
+        self.table[:, TENSOR_COLUMN] = torch.arange(len(rows))
         fill_lengths(
             self.table,
             list(map(Tensor.numel, self._flat)),
@@ -71,15 +103,18 @@ class LooseSegments:
             for index, (row, flat, gradient) in enumerate(zip(self.rows, self._flat, gradients, strict=True)):
                 check_gradient(gradient, row.parameter, name_of(row.parameter))
                 if gradient.stride() != flat.stride():
-                    gradients[index] = torch.empty_like(flat).copy_(gradient)
+                    gradients[index] = torch.empty_like(flat, dtype=gradient.dtype).copy_(gradient)
+            self._grad_dtypes = [gradient.dtype for gradient in gradients]
+            stored = torch.tensor([int(STORED[dtype]) for dtype in self._grad_dtypes], dtype=torch.int64)
+            self.table[:, FORMAT_COLUMN] = self._codes | (stored << GRAD_SHIFT)
         self.table[:, GRAD_COLUMN] = torch.tensor(list(map(Tensor.data_ptr, gradients)))
 
     def _all_match(self, gradients: list[Tensor]) -> bool:
         # Complete, though cheap: torch itself holds a gradient to its parameter's shape and device. One pass,
         # since with thousands of tensors fetching each object from memory is what costs.
         try:
-            for gradient, stride in zip(gradients, self._strides, strict=True):
-                if gradient.stride() != stride or gradient.dtype is not torch.float32:
+            for gradient, stride, dtype in zip(gradients, self._strides, self._grad_dtypes, strict=True):
+                if gradient.stride() != stride or gradient.dtype is not dtype:
                     return False
         except RuntimeError:  # a sparse gradient has no strides
             return False
@@ -109,7 +144,7 @@ class ArenaSegments:
         self.rows = rows
         placed = [(arena_of(row.parameter), row) for row in rows]
         self._expected = [arena.grads.view(arena.slot(row.parameter)).data_ptr() for arena, row in placed]
-        self._watched = _watched(rows)
+        self._watched = [tensor for row in rows for tensor in row.tensors]
         self._addresses = list(map(Tensor.data_ptr, self._watched))
         arenas = {id(arena): number for number, (arena, _) in enumerate(placed)}
         placed.sort(key=lambda pair: (arenas[id(pair[0])], pair[0].order[pair[1].parameter]))
@@ -124,8 +159,13 @@ class ArenaSegments:
         for index, run in enumerate(runs):
             arena, first = run[0]
             begin, end = arena.slot(first.parameter).offset, arena.slot(run[-1][1].parameter).end
-            homes = [arena.params, arena.grads, *(arena.moments(name) for name in moment_names[first.group])]
-            for column, home in enumerate(homes):
+            moments = [arena.moments(name) for name in moment_names[first.group]]
+            columns = [
+                PARAM_COLUMN,
+                GRAD_COLUMN,
+                *range(FIRST_STATE_COLUMN, FIRST_STATE_COLUMN + len(moments)),
+            ]
+            for column, home in zip(columns, [arena.params, arena.grads, *moments], strict=True):
                 self.table[index, column] = home.data.data_ptr() + begin * FLOAT_BYTES
             lengths.append(end - begin)
         fill_lengths(
@@ -156,8 +196,14 @@ def fill_lengths(table: Tensor, lengths: Sequence[int], groups: Sequence[int], s
     chunks = (numel + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS
     table[:, NUMEL_COLUMN] = numel
     table[:, CHUNK_COLUMN] = chunks.cumsum(0) - chunks
-    table[:, CHUNK_COLUMN + 1] = torch.tensor(groups, dtype=torch.int64)
-    table[:, CHUNK_COLUMN + 2] = torch.tensor(steps, dtype=torch.int64)
+    table[:, HYPER_COLUMN] = torch.tensor(groups, dtype=torch.int64)
+    table[:, STEP_COLUMN] = torch.tensor(steps, dtype=torch.int64)
+
+
+def fill_column(table: Tensor, column: int, tensors: Sequence[Tensor | None]) -> None:
+    """Writes the tensors' addresses, 0 for None."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    table[:, column] = torch.tensor(addresses, dtype=torch.int64)
 
 
 def total_chunks(table: Tensor) -> int:
@@ -191,5 +237,5 @@ def _continues(previous: tuple[AdoptedArena, Row], current: tuple[AdoptedArena, 
     )
 
 
-def _watched(rows: Sequence[Row]) -> list[Tensor]:
-    return [row.parameter for row in rows] + [moment for row in rows for moment in row.moments]
+def _item(tensors: Sequence[Tensor | None], index: int) -> Tensor | None:
+    return tensors[index] if index < len(tensors) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -11,16 +12,18 @@ from torch.optim.optimizer import ParamsT
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim.base import NativeOptimizer
 from mlsys_engine.optim.checks import check_flag_is_off, check_range
+from mlsys_engine.optim.formats import Precision
 
 
 class SGD(NativeOptimizer):
-    """Drop-in for torch.optim.SGD on float32 parameters: 20 bytes moved a parameter, 12 without momentum.
+    """Drop-in for torch.optim.SGD: on float32 parameters 20 bytes moved a parameter, 12 without momentum.
 
     As in torch, the first step copies the gradient into the momentum buffer, without dampening.
     """
 
     rule: ClassVar[str] = "sgd"
     counts_steps: ClassVar[bool] = False
+    moment_kinds: ClassVar[Mapping[str, str]] = {"momentum_buffer": "signed"}
 
     def __init__(  # noqa: PLR0917 (torch's own signature)
         self,
@@ -32,6 +35,7 @@ class SGD(NativeOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        **precision: Unpack[Precision],
     ) -> None:
         # The last three are torch's: kept, switched off, so that state dictionaries have the same keys.
         super().__init__(
@@ -47,6 +51,7 @@ class SGD(NativeOptimizer):
                 "differentiable": False,
                 "fused": None,
             },
+            precision,
         )
 
     def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -21,7 +21,13 @@ from mlsys_engine.memory.flat_shard import FlatShard
 from mlsys_engine.optim.base import NativeOptimizer
 from mlsys_engine.optim.kernels import SEGMENT_COLUMNS
 from mlsys_engine.optim.operands import hyper_table, sent
-from mlsys_engine.optim.segments import FIRST_STATE_COLUMN, FLOAT_BYTES, GRAD_COLUMN, fill_lengths
+from mlsys_engine.optim.segments import (
+    FIRST_STATE_COLUMN,
+    FLOAT_BYTES,
+    GRAD_COLUMN,
+    PARAM_COLUMN,
+    fill_lengths,
+)
 
 Gather = Callable[[Tensor], None]  # makes an arena-sized tensor whole, of which each rank has its own ranges
 
@@ -185,7 +191,7 @@ class OptimizerShard:
         lengths = []
         for index, run in enumerate(runs):
             first, last = run[0], run[-1]
-            table[index, 0] = self.params.data.data_ptr() + first.arena_first * FLOAT_BYTES
+            table[index, PARAM_COLUMN] = self.params.data.data_ptr() + first.arena_first * FLOAT_BYTES
             table[index, GRAD_COLUMN] = self.grads.data.data_ptr() + first.arena_first * FLOAT_BYTES
             for column, moment in enumerate(needs[first.group]):
                 address = self.moment(moment).data_ptr() + first.base * FLOAT_BYTES

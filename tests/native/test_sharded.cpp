@@ -151,9 +151,17 @@ TEST(a_tile_step_gives_the_bits_of_the_whole_step_however_tiles_cut_the_segments
       return static_cast<int64_t>(reinterpret_cast<uintptr_t>(values.data() + index));
     };
     // Elements 4000 to 4031 belong to no segment.
-    const Segment segments[2] = {
-        {at(param, 0), at(grad, 0), {at(first, 0), at(second, 0)}, 4000, 0, 0, 0},
-        {at(param, 4032), at(grad, 4032), {at(first, 4032), at(second, 4032)}, kNumel - 4032, 1, 1, 1}};
+    const auto segment = [&](int64_t first_element, int64_t numel, int64_t row) {
+      Segment result{};
+      result.param = at(param, first_element);
+      result.grad = at(grad, first_element);
+      result.state[0] = at(first, first_element);
+      result.state[1] = at(second, first_element);
+      result.numel = numel;
+      result.first_chunk = result.hyper_row = result.step_index = row;
+      return result;
+    };
+    const Segment segments[2] = {segment(0, 4000, 0), segment(4032, kNumel - 4032, 1)};
     const mlsys::StepArguments arguments{segments, 2, hyper[0], steps, 0.5, mlsys::run_inline};
     if (tile == 0) {
       mlsys::adamw_step(arguments);

@@ -12,7 +12,7 @@ from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import FlatArena, layout_slots
 from mlsys_engine.optim import OPTIMIZERS, SGD, AdamW, NativeOptimizer, clip_scale
 from mlsys_engine.optim.device_steps import CpuStep
-from mlsys_engine.optim.segments import ArenaSegments
+from mlsys_engine.optim.segments import NUMEL_COLUMN, ArenaSegments
 from tests.optim import arenas
 from tests.optim.variants import every_variant, make
 
@@ -51,7 +51,7 @@ def test_arena_gives_the_bits_of_loose_parameters_in_one_segment(
     if named_parameters:
         assert len(table_of(in_arena)) == 1
         assert table_of(in_arena)[0, 0] == params.data.data_ptr()
-        assert table_of(in_arena)[0, 4] == params.slots[-1].end
+        assert table_of(in_arena)[0, NUMEL_COLUMN] == params.slots[-1].end
 
 
 @pytest.mark.parametrize(("name", "variant"), every_variant())

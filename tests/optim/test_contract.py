@@ -245,7 +245,6 @@ def test_an_optimizer_without_parameters_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_that_cannot_be_stepped_are_refused_by_name_with_what_to_do(name: str) -> None:
     for dtype, advice in (
-        (torch.bfloat16, "autocast"),
         (torch.float64, "float32"),
         (torch.complex64, "view_as_real"),
     ):
@@ -253,8 +252,8 @@ def test_parameters_that_cannot_be_stepped_are_refused_by_name_with_what_to_do(n
             make(name, [("layer.weight", torch.nn.Parameter(torch.zeros(3, dtype=dtype)))], {"lr": 0.1})
     parameter = torch.nn.Parameter(torch.zeros(3))
     optimizer = make(name, [parameter], {"lr": 0.1})
-    with pytest.raises(ConfigError, match="Parameter 0 of group 1 is float16"):
-        optimizer.add_param_group({"params": torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))})
+    with pytest.raises(ConfigError, match="Parameter 0 of group 1 is float64"):
+        optimizer.add_param_group({"params": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS, HYPER_COLUMNS, SEGMENT_COLUMNS, operators
-from mlsys_engine.optim.segments import fill_lengths, total_chunks
+from mlsys_engine.optim.segments import CHUNK_COLUMN, fill_lengths, total_chunks
 
 
 def empty_step(**replaced: torch.Tensor) -> None:
@@ -86,6 +86,6 @@ def test_cast_refuses_types_that_are_not_half_precision() -> None:
 def test_chunks_count_up_through_the_table_over_empty_segments() -> None:
     table = torch.zeros(4, SEGMENT_COLUMNS, dtype=torch.int64)
     fill_lengths(table, [0, CHUNK_ELEMENTS + 1, 0, 1], [0] * 4, [0] * 4)
-    assert table[:, 5].tolist() == [0, 0, 2, 2]
+    assert table[:, CHUNK_COLUMN].tolist() == [0, 0, 2, 2]
     assert total_chunks(table) == 3
     assert total_chunks(table[:0]) == 0

@@ -27,7 +27,7 @@ class ChunkSums {
 
   void advance(int64_t reduced_to) {
     for (; row_ != end_ && row_[0] + row_[1] <= reduced_to; row_ += 3) {
-      sums_[row_[2]] = chunk_sum_of_squares({data_ + row_[0], row_[1]});
+      sums_[row_[2]] = chunk_sum_of_squares(data_ + row_[0], row_[1]);
     }
   }
 

@@ -50,7 +50,8 @@ void check_table(const OptimizerTable& table, const at::Tensor& parameters, cons
     const Segment& s = segments[i];
     const int64_t stop = s.param + s.numel * static_cast<int64_t>(sizeof(float));
     if (s.param < previous || s.numel < 0 || stop > end || s.hyper_row < 0 ||
-        s.hyper_row >= table.hyper.size(0) || s.step_index < 0 || s.step_index >= table.steps.numel()) {
+        s.hyper_row >= table.hyper.size(0) || s.step_index < 0 || s.step_index >= table.steps.numel() ||
+        !s.is_plain()) {
       refuse_table(where, "a segment table whose row " + std::to_string(i) + " is out of place");
     }
     previous = stop;

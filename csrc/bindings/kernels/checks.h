@@ -34,10 +34,8 @@ inline void check_flat(const Tensor& tensor, ScalarType dtype, const char* op, c
                   " tensor is expected. Convert it with .to(...).contiguous() before the call.");
 }
 
-// `spans` is int64 [n, 2]: address and length of float32 arrays, FloatSpan in memory, on the CPU.
-inline const FloatSpan* spans_of(const Tensor& spans) {
-  return static_cast<const FloatSpan*>(spans.const_data_ptr());
-}
+// `spans` is int64 [n, 2]: address and length of arrays, Span in memory, on the CPU.
+inline const Span* spans_of(const Tensor& spans) { return static_cast<const Span*>(spans.const_data_ptr()); }
 
 inline void check_span_table(const char* name, const Tensor& spans) {
   check_flat(spans, ScalarType::Long, name, "spans");
@@ -57,6 +55,14 @@ inline void check_spans(const char* name, const Tensor& spans, const Tensor& out
   check_flat(out, ScalarType::Double, name, "out", on_cpu);
   STD_TORCH_CHECK(out.numel() == count, name, ": out is ", describe(out), ". ", count,
                   " elements are expected: one, or one for each chunk of the arrays.");
+}
+
+// The form of the arrays behind a span table: float32, bfloat16 or float16.
+inline Stored checked_form(const char* name, int64_t form) {
+  STD_TORCH_CHECK(
+      form >= 0 && form <= static_cast<int64_t>(Stored::kFloat16), name, ": form is ", form,
+      ". 0 (float32), 1 (bfloat16) or 2 (float16) is expected. See mlsys_engine/optim/formats.py.");
+  return static_cast<Stored>(form);
 }
 
 inline void check_terms(const Tensor& terms, const Tensor& out, bool on_cpu) {

@@ -63,14 +63,16 @@ void step_table_by_control(const Tensor& table, const Tensor& hyper, const Tenso
   if (scalars[1] == 0.0) step_table<step>(table, hyper, steps, scalars[0]);
 }
 
-void sum_of_squares_cpu(const Tensor& spans, const Tensor& out) {
+void sum_of_squares_cpu(const Tensor& spans, const Tensor& out, int64_t form) {
   check_spans("sum_of_squares", spans, out, 1, /*on_cpu=*/true);
-  *static_cast<double*>(out.mutable_data_ptr()) = sum_of_squares(spans_of(spans), spans.size(0), torch_pool);
+  *static_cast<double*>(out.mutable_data_ptr()) =
+      sum_of_squares(spans_of(spans), spans.size(0), checked_form("sum_of_squares", form), torch_pool);
 }
 
-void chunk_squares_cpu(const Tensor& spans, const Tensor& terms) {
+void chunk_squares_cpu(const Tensor& spans, const Tensor& terms, int64_t form) {
   check_spans("chunk_squares", spans, terms, num_terms(spans), /*on_cpu=*/true);
-  chunk_squares(spans_of(spans), spans.size(0), static_cast<double*>(terms.mutable_data_ptr()), torch_pool);
+  chunk_squares(spans_of(spans), spans.size(0), checked_form("chunk_squares", form),
+                static_cast<double*>(terms.mutable_data_ptr()), torch_pool);
 }
 
 void add_terms_cpu(const Tensor& terms, const Tensor& out) {
@@ -83,14 +85,15 @@ void add_terms_cpu(const Tensor& terms, const Tensor& out) {
 }  // namespace mlsys::bindings
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlsys, m) {
-  m.def("sum_of_squares(Tensor spans, Tensor(a!) out) -> ()");
-  m.def("chunk_squares(Tensor spans, Tensor(a!) terms) -> ()");
+  m.def("sum_of_squares(Tensor spans, Tensor(a!) out, int form=0) -> ()");
+  m.def("chunk_squares(Tensor spans, Tensor(a!) terms, int form=0) -> ()");
   m.def("add_terms(Tensor terms, Tensor(a!) out) -> ()");
-  m.def("adamw_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
-  m.def("sgd_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
-  m.def(
-      "adamw_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
-  m.def("sgd_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
+#define MLSYS_DEFINE(rule)                                                                \
+  m.def(#rule "_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()"); \
+  m.def(#rule                                                                             \
+        "_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
+  MLSYS_ELEMENT_RULES(MLSYS_DEFINE)
+#undef MLSYS_DEFINE
   m.def("stream_probe_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
 }
 
@@ -100,9 +103,10 @@ STABLE_TORCH_LIBRARY_IMPL(mlsys, CPU, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares_cpu));
   m.impl("chunk_squares", TORCH_BOX(&chunk_squares_cpu));
   m.impl("add_terms", TORCH_BOX(&add_terms_cpu));
-  m.impl("adamw_step", TORCH_BOX(&step_table<adamw_step>));
-  m.impl("sgd_step", TORCH_BOX(&step_table<sgd_step>));
-  m.impl("adamw_step.device", TORCH_BOX(&step_table_by_control<adamw_step>));
-  m.impl("sgd_step.device", TORCH_BOX(&step_table_by_control<sgd_step>));
+#define MLSYS_IMPLEMENT(rule)                                 \
+  m.impl(#rule "_step", TORCH_BOX(&step_table<rule##_step>)); \
+  m.impl(#rule "_step.device", TORCH_BOX(&step_table_by_control<rule##_step>));
+  MLSYS_ELEMENT_RULES(MLSYS_IMPLEMENT)
+#undef MLSYS_IMPLEMENT
   m.impl("stream_probe_step", TORCH_BOX(&step_table<stream_probe_step>));
 }

@@ -40,10 +40,10 @@ void step_table_cuda(const Tensor& table, const Tensor& hyper, const Tensor& ste
 }
 
 // `spans` is on the CPU (its rows travel in the kernel's arguments), the arrays and `out` are on the device.
-void chunk_squares_cuda(const Tensor& spans, const Tensor& terms) {
+void chunk_squares_cuda(const Tensor& spans, const Tensor& terms, int64_t form) {
   check_spans("chunk_squares", spans, terms, num_terms(spans), /*on_cpu=*/false);
-  cuda::chunk_squares(spans_of(spans), spans.size(0), static_cast<double*>(terms.mutable_data_ptr()),
-                      current_stream(terms));
+  cuda::chunk_squares(spans_of(spans), spans.size(0), checked_form("chunk_squares", form),
+                      static_cast<double*>(terms.mutable_data_ptr()), current_stream(terms));
 }
 
 void add_terms_cuda(const Tensor& terms, const Tensor& out) {
@@ -52,11 +52,11 @@ void add_terms_cuda(const Tensor& terms, const Tensor& out) {
                   static_cast<double*>(out.mutable_data_ptr()), current_stream(out));
 }
 
-void sum_of_squares_cuda(const Tensor& spans, const Tensor& out) {
+void sum_of_squares_cuda(const Tensor& spans, const Tensor& out, int64_t form) {
   check_spans("sum_of_squares", spans, out, 1, /*on_cpu=*/false);
   const Tensor terms =
       torch::stable::empty({num_terms(spans)}, ScalarType::Double, std::nullopt, out.device());
-  chunk_squares_cuda(spans, terms);
+  chunk_squares_cuda(spans, terms, form);
   add_terms_cuda(terms, out);
 }
 
@@ -66,8 +66,9 @@ void sum_of_squares_cuda(const Tensor& spans, const Tensor& out) {
 STABLE_TORCH_LIBRARY_IMPL(mlsys, CUDA, m) {
   using namespace mlsys;
   using namespace mlsys::bindings;
-  m.impl("adamw_step.device", TORCH_BOX(&step_table_cuda<cuda::adamw_step>));
-  m.impl("sgd_step.device", TORCH_BOX(&step_table_cuda<cuda::sgd_step>));
+#define MLSYS_IMPLEMENT(rule) m.impl(#rule "_step.device", TORCH_BOX(&step_table_cuda<cuda::rule##_step>));
+  MLSYS_ELEMENT_RULES(MLSYS_IMPLEMENT)
+#undef MLSYS_IMPLEMENT
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares_cuda));
   m.impl("chunk_squares", TORCH_BOX(&chunk_squares_cuda));
   m.impl("add_terms", TORCH_BOX(&add_terms_cuda));

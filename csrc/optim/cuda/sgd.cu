@@ -4,6 +4,6 @@
 
 namespace mlsys::cuda {
 
-void sgd_step(const StepLaunch& launch) { launch_step<MomentumSgd, PlainSgd>(launch, "sgd_step"); }
+void sgd_step(const StepLaunch& launch) { launch_step<PlainSgd, MomentumSgd>(launch, "sgd_step"); }
 
 }  // namespace mlsys::cuda

@@ -14,7 +14,7 @@ namespace {
 constexpr int kSpansPerLaunch = 128;
 
 struct SpanBatch {
-  FloatSpan spans[kSpansPerLaunch];
+  Span spans[kSpansPerLaunch];
   int64_t first_chunk[kSpansPerLaunch + 1];
   int num_spans;
 };
@@ -30,16 +30,18 @@ __device__ double block_sum(double value) {
   return lanes[0];
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads) chunk_sums(SpanBatch batch, double* terms) {
   const int64_t chunk = blockIdx.x;
   int span = 0;
   while (span + 1 < batch.num_spans && batch.first_chunk[span + 1] <= chunk) ++span;
-  const FloatSpan source = batch.spans[span];
+  const Span source = batch.spans[span];
+  const auto* data = static_cast<const T*>(source.data);
   const int64_t begin = (chunk - batch.first_chunk[span]) * kChunkElements;
   const int64_t end = begin + kChunkElements < source.numel ? begin + kChunkElements : source.numel;
   double sum = 0.0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const double value = source.data[i];
+    const double value = to_float(data[i]);
     sum += value * value;
   }
   sum = block_sum(sum);
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) add_all(const double* terms, int64_t
 
 }  // namespace
 
-void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, void* stream) {
+void chunk_squares(const Span* spans, int64_t num_spans, Stored form, double* terms, void* stream) {
   int64_t written = 0;
   for (int64_t i = 0; i < num_spans;) {
     SpanBatch batch{};
@@ -67,7 +69,10 @@ void chunk_squares(const FloatSpan* spans, int64_t num_spans, double* terms, voi
     }
     const int64_t chunks = batch.first_chunk[batch.num_spans];
     if (chunks == 0) continue;
-    chunk_sums<<<static_cast<unsigned>(chunks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+    const auto kernel = form == Stored::kBFloat16  ? chunk_sums<BFloat16>
+                        : form == Stored::kFloat16 ? chunk_sums<Float16>
+                                                   : chunk_sums<float>;
+    kernel<<<static_cast<unsigned>(chunks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         batch, terms + written);
     check_launch("chunk_squares");
     written += chunks;
