@@ -102,7 +102,7 @@ def _of_function(value: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(total, torch.Tensor) and total.ndim == 0:
             count = torch.as_tensor(count, device=total.device).detach().to(torch.float64)
             if count.ndim == 0:
-                return total, count
+                return _at_least_fp32(total), count
     raise ConfigError(
         f"The loss function returned {_describe(value)}.",
         "A loss function returns a 0-d mean over the samples of the microbatch, or (0-d sum, count).",
@@ -112,8 +112,14 @@ def _of_function(value: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _scaled(mean: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # The mean of nothing is nan, and nan * 0 is nan: choose instead of multiplying.
+    mean = _at_least_fp32(mean)
     total = mean * count.to(mean.dtype)
     return torch.where(count > 0, total, torch.zeros_like(total)), count
+
+
+def _at_least_fp32(value: torch.Tensor) -> torch.Tensor:
+    # bf16 cannot tell counts above 256 apart, and fp16 has no sum above 65504.
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _describe(value: Any) -> str:
