@@ -20,7 +20,8 @@ from typing import Any
 GROUPS_KEY = "optimizer_groups"
 SHARED_KEY = "shared"
 _OWN_OF_RUNNER = ("reduction",)  # what of a Runner's state belongs to one rank alone
-_SHARED_OF_RUNNER = ("accumulation",)  # and what, besides model and optimizer, is the same on every rank
+# and what, besides model and optimizer, is the same on every rank
+_SHARED_OF_RUNNER = ("accumulation", "loss_scaler", "noise_scale")
 
 
 @dataclass(frozen=True, kw_only=True)

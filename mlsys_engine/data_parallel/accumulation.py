@@ -14,15 +14,19 @@ import torch
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.errors import DataError
 from mlsys_engine.numerics import TreeSum, seed_leaf
+from mlsys_engine.optim import LossScaler
 
 Forward = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # microbatch -> (loss sum, count)
 Lap = Callable[[str], None]  # names the phase that has just ended
+OnPart = Callable[[torch.Tensor], None]  # told the count of a microbatch whose gradient is in the arenas
 
 
 class Accumulation(Protocol):
     """Runs forward and backward of one step on one rank."""
 
-    def run(self, batches: Sequence[Any], forward: Forward, lap: Lap) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, batches: Sequence[Any], forward: Forward, lap: Lap, on_part: OnPart | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss sum and the count of this rank's microbatches, 0-d float64."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -34,10 +38,12 @@ class Accumulation(Protocol):
 class InOrder:
     """Autograd adds each microbatch's gradient to those before; the last backward overlaps the reduction."""
 
-    def __init__(self, reducer: Reducer, device: torch.device) -> None:
-        self._reducer, self._device = reducer, device
+    def __init__(self, reducer: Reducer, device: torch.device, scaler: LossScaler | None = None) -> None:
+        self._reducer, self._device, self._scaler = reducer, device, scaler
 
-    def run(self, batches: Sequence[Any], forward: Forward, lap: Lap) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, batches: Sequence[Any], forward: Forward, lap: Lap, on_part: OnPart | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         count = torch.zeros((), dtype=torch.float64, device=self._device)
         self._reducer.start(len(batches))
@@ -45,8 +51,10 @@ class InOrder:
             part, part_count = forward(batch)
             lap("forward")
             if _counts(part_count):
-                part.backward()
+                _backward(part, self._scaler)
             self._reducer.end_backward()
+            if on_part is not None:
+                on_part(part_count)
             loss_sum += part.detach()
             count += part_count
             lap("backward")
@@ -78,15 +86,18 @@ class LeafTree:
         rank: int,
         world_size: int,
         leaves_of_rank: int,
+        scaler: LossScaler | None = None,
     ) -> None:
-        self._reducer, self._flats = reducer, tuple(flats)
+        self._reducer, self._flats, self._scaler = reducer, tuple(flats), scaler
         self._seed, self._num_leaves = seed, leaves_of_rank
         self._first_leaf, self._leaves_in_all = rank * leaves_of_rank, world_size * leaves_of_rank
         self._gradients = [TreeSum() for _ in flats]
         self._totals = TreeSum()
         self._num_steps = 0
 
-    def run(self, batches: Sequence[Any], forward: Forward, lap: Lap) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, batches: Sequence[Any], forward: Forward, lap: Lap, on_part: OnPart | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if len(batches) > self._num_leaves:
             raise DataError(
                 f"step was given {len(batches)} microbatches.",
@@ -104,10 +115,12 @@ class LeafTree:
                 part, count = forward(batches[leaf])
                 lap("forward")
                 if _counts(count):
-                    part.backward()
+                    _backward(part, self._scaler)
                 totals[0], totals[1] = part.detach(), count
             self._reducer.isolate()
             self._reducer.end_backward()
+            if on_part is not None:
+                on_part(totals[1])
             self._add(totals, is_last=leaf + 1 == self._num_leaves)
             lap("backward")
         self._num_steps += 1
@@ -125,6 +138,10 @@ class LeafTree:
                 tree.finish(term)
             else:
                 tree.add(term)
+
+
+def _backward(loss: torch.Tensor, scaler: LossScaler | None) -> None:
+    (loss if scaler is None else scaler.scale(loss)).backward()
 
 
 def _counts(count: torch.Tensor) -> bool:

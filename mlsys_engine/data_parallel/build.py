@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from mlsys_engine.data_parallel import guard, invariance
 from mlsys_engine.data_parallel.accumulation import Accumulation, InOrder, LeafTree
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
+from mlsys_engine.data_parallel.part_norms import PartNorms, check_measurable
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.data_parallel.reductions import Reduction, make_reduction
 from mlsys_engine.data_parallel.runner import DataParallelRunner
@@ -26,7 +27,11 @@ from mlsys_engine.data_parallel.update import OptimizerFactory, Update, make_opt
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import Allocate
 from mlsys_engine.numerics import Loss, seed_data_rank
+from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import DTYPES, Plan
+
+# The loss that is scaled is a sum over what counts, not a mean: torch's 2**16 divided by a count of 256.
+FIRST_LOSS_SCALE = 2.0**8
 
 
 def build_runner(
@@ -38,17 +43,23 @@ def build_runner(
     max_grad_norm: float | None,
     device: torch.device,
     group: dist.ProcessGroup | None,
+    loss_scaler: LossScaler | None = None,
+    noise_scale: GradientNoiseScale | None = None,
 ) -> DataParallelRunner:
     """Converts the model in place and builds everything around it. Called on every rank of `group`.
 
     `group` is None in a world of one, which then communicates nothing. Order: device, optimizer, arenas,
-    weights and buffers of rank 0 everywhere, refusals, hooks, random state.
+    weights and buffers of rank 0 everywhere, refusals, hooks, random state. `loss_scaler` is for fp16, which
+    has its own when none is given; `noise_scale` is told of every step's gradients.
     """
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ConfigError(
             f"max_grad_norm={max_grad_norm}.", "It is a positive norm, or None.", "Leave it out to not clip."
         )
     _check_model(plan, model)
+    scaler = _scaler(plan, loss_scaler)
+    if noise_scale is not None:
+        check_measurable(plan)
     guard.check_unguarded(model)
     model.to(device)
     parameters = dict(model.named_parameters())
@@ -63,32 +74,66 @@ def build_runner(
     arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None)
     if group is not None:
         _broadcast_model(model, arenas, group)
-    buffers = BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group))
-    statistics, reduction, update = _sums_and_update(plan, built, arenas, buffers, group=group, device=device)
-    invariant = plan.numerics == "world_invariant"
-    sum_over_ranks = comm.all_reduce_tree if invariant else dist.all_reduce
-    reducer = Reducer(arenas.buckets, reduction, automatic=not invariant)
+    runner = _assemble(
+        plan,
+        model,
+        built,
+        arenas,
+        loss=loss,
+        max_grad_norm=max_grad_norm,
+        device=device,
+        group=group,
+        scaler=scaler,
+        noise_scale=noise_scale,
+    )
     guard.guard(model)
-    runner = DataParallelRunner(
+    if plan.seed is not None:
+        seed_data_rank(plan.seed, runner.data_rank)
+    return runner
+
+
+def _assemble(
+    plan: Plan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    arenas: ModelArenas,
+    *,
+    loss: Loss | None,
+    max_grad_norm: float | None,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    scaler: LossScaler | None,
+    noise_scale: GradientNoiseScale | None,
+) -> DataParallelRunner:
+    """The runner of a model that is in its arenas, with all of its parts."""
+    buffers = BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group))
+    statistics, reduction, update = _sums_and_update(
+        plan, optimizer, arenas, buffers, group=group, device=device
+    )
+    invariant = plan.numerics == "world_invariant"
+    flats = [pair.gradients.data for pair in arenas.pairs.values()]
+    parts = None if noise_scale is None else PartNorms(noise_scale, plan, flats, group, device)
+    measured = reduction if parts is None or reduction is None else parts.before(reduction)
+    reducer = Reducer(arenas.buckets, measured, automatic=not invariant)
+    return DataParallelRunner(
         plan=plan,
         model=model,
-        optimizer=built,
+        optimizer=optimizer,
         update=update,
         arenas=arenas,
         reducer=reducer,
         reduction=reduction,
-        accumulation=_accumulation(plan, reducer, arenas, group, device),
-        sum_over_ranks=_collective(sum_over_ranks, group),
+        accumulation=_accumulation(plan, reducer, flats, scaler, group=group, device=device),
+        sum_over_ranks=_collective(comm.all_reduce_tree if invariant else dist.all_reduce, group),
         buffers=buffers,
         statistics=statistics,
         loss=loss,
         max_grad_norm=max_grad_norm,
         group=group,
         device=device,
+        scaler=scaler,
+        parts=parts,
     )
-    if plan.seed is not None:
-        seed_data_rank(plan.seed, runner.data_rank)
-    return runner
 
 
 def _check_sharded(
@@ -134,22 +179,37 @@ def _sharding_on(device: torch.device) -> tuple[Callable[..., Reduction], Callab
 def _accumulation(
     plan: Plan,
     reducer: Reducer,
-    arenas: ModelArenas,
+    flats: Sequence[torch.Tensor],
+    scaler: LossScaler | None,
+    *,
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> Accumulation:
     if plan.numerics != "world_invariant":
-        return InOrder(reducer, device)
+        return InOrder(reducer, device, scaler)
     assert plan.seed is not None  # the plan refuses to be made without
     rank = 0 if group is None else dist.get_rank(group)
     return LeafTree(
         reducer,
-        [pair.gradients.data for pair in arenas.pairs.values()],
+        flats,
         seed=plan.seed,
         rank=rank,
         world_size=plan.world_size,
         leaves_of_rank=plan.accumulate,
+        scaler=scaler,
     )
+
+
+def _scaler(plan: Plan, given: LossScaler | None) -> LossScaler | None:
+    if plan.precision == "fp16":
+        return given or LossScaler(init_scale=FIRST_LOSS_SCALE)
+    if given is not None:
+        raise ConfigError(
+            f"loss_scaler= was given with precision={plan.precision!r}.",
+            "Only the narrow range of fp16 needs a loss scale; here it would have no effect.",
+            'Leave loss_scaler out, or use precision="fp16".',
+        )
+    return None
 
 
 def _collective(function: Callable[..., Any], group: dist.ProcessGroup | None) -> Callable[..., Any] | None:

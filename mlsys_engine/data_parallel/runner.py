@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from mlsys_engine.data_parallel.accumulation import Accumulation
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
 from mlsys_engine.data_parallel.invariance import refuse_changed_buffers
+from mlsys_engine.data_parallel.part_norms import PartNorms
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.data_parallel.reductions import Reduction
 from mlsys_engine.data_parallel.statistics import StepStatistics
@@ -31,6 +32,7 @@ from mlsys_engine.errors import CheckpointError, DataError
 from mlsys_engine.memory.flat_shard import FlatShard
 from mlsys_engine.numerics import (
     Loss,
+    autocast,
     call_model,
     gradient_scale,
     loss_sum_and_count,
@@ -38,6 +40,7 @@ from mlsys_engine.numerics import (
     shifts_labels,
     to_device,
 )
+from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import EvalResult, Plan, StepResult
 
 
@@ -62,6 +65,8 @@ class DataParallelRunner:
         max_grad_norm: float | None,
         group: dist.ProcessGroup | None,
         device: torch.device,
+        scaler: LossScaler | None = None,
+        parts: PartNorms | None = None,
     ) -> None:
         self.plan = plan
         self.reducer = reducer
@@ -72,6 +77,8 @@ class DataParallelRunner:
         self._causal = shifts_labels(model)
         self._group, self._device = group, device
         self._statistics = statistics
+        self._scaler, self._parts = scaler, parts
+        self._part_totals: torch.Tensor | None = None  # of the present step, when its parts are measured
 
     @property
     def data_rank(self) -> int:
@@ -94,7 +101,8 @@ class DataParallelRunner:
 
         A rank may have fewer microbatches than the others, or none. Afterwards `.grad` of every parameter
         that some rank used is the reduced gradient: the sum over everything counted with the engine's
-        optimizers (divide by `num_tokens` for the mean), mean and clipped with torch's, which need it so.
+        optimizers (divide by `num_tokens` for the mean, and in fp16 by the loss scale), mean and clipped with
+        torch's, which need it so.
         With sharded optimizer state no rank has all of it, and `.grad` is None.
         """
         if not isinstance(batches, list | tuple):
@@ -116,22 +124,30 @@ class DataParallelRunner:
 
     def _accumulate(self, batches: Sequence[Any], clock: _Clock) -> None:
         self._statistics.clear()
-        loss_sum, count = self._accumulation.run(batches, self._forward, clock.lap)
+        if self._parts is not None:
+            self._parts.begin()
+        on_part = None if self._parts is None else self._parts.end_part
+        loss_sum, count = self._accumulation.run(batches, self._forward, clock.lap, on_part)
         changed = self._buffers.changed()
         if self.plan.numerics == "world_invariant" and any(changed):
             raise refuse_changed_buffers()
         self._statistics.fill(loss_sum, count, self.reducer.used, changed)
 
     def _reduce(self, clock: _Clock) -> None:
-        # The same order of collectives on every rank: buckets, statistics, running statistics, other buffers.
+        # The same order of collectives on every rank: buckets, parts, statistics, running statistics, other
+        # buffers.
         self.reducer.finish()
         if self._reduction is not None:
             self._reduction.finish()
-        work = self._all_reduce(self._statistics.vector)
+        # By itself, so that the statistics are summed as they are without it.
+        self._part_totals = None if self._parts is None else self._parts.totals(self._statistics.count)
+        works = [] if self._part_totals is None else [self._all_reduce(self._part_totals)]
+        works.append(self._all_reduce(self._statistics.vector))
         self._buffers.start()
         self.reducer.wait()
-        if work is not None:
-            work.wait()
+        for work in works:
+            if work is not None:
+                work.wait()
         self._buffers.finish(self._statistics.changed_anywhere() if self._buffers.num_watched else ())
         # Where this rank used everything, every parameter was used somewhere: no need to read the device.
         used = self.reducer.used
@@ -140,8 +156,19 @@ class DataParallelRunner:
 
     def _finish_step(self, clock: _Clock) -> StepResult:
         loss_sum, count = self._statistics.loss_sum, self._statistics.count
-        scale = gradient_scale(self._update.sum_of_squares(), count, self._max_grad_norm)
+        squares = self._update.sum_of_squares()
+        loss_scale = count.new_ones(()) if self._scaler is None else self._scaler.current(count.device)
+        scale = gradient_scale(squares, count * loss_scale, self._max_grad_norm)
         self._update.step(scale)
+        measured = {}
+        if self._scaler is not None:
+            measured["loss_scale"] = loss_scale
+            self._scaler.observe(~torch.isfinite(squares))  # of the reduced gradient, so all ranks agree
+            self._scaler.update()
+        if self._parts is not None and self._part_totals is not None:
+            measured["noise_scale"] = self._parts.finish(
+                self._part_totals, big_squared=scale.norm.square(), count=count, loss_scale=loss_scale
+            )
         clock.lap("optimizer")
         return StepResult(
             loss=loss_sum / count,
@@ -149,6 +176,7 @@ class DataParallelRunner:
             skipped=scale.skip,
             num_tokens=count.to(torch.int64),
             timings=clock.seconds,
+            measured=measured,
         )
 
     def evaluate(self, batch: Any | None) -> EvalResult:
@@ -164,15 +192,16 @@ class DataParallelRunner:
 
     def predict(self, batch: Any) -> Any:
         """The model's output for this rank's own batch, in eval mode and without gradients."""
-        with _evaluating(self._model), numerics_mode(self.plan.numerics):
+        with _evaluating(self._model), numerics_mode(self.plan.numerics), self._autocast():
             return call_model(self._model, to_device(batch, self._device), with_loss=self._loss is not None)
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU.
 
         A sharded optimizer's moments are FlatShards; with `full` they are gathered, so every rank calls it.
-        A compressed reduction adds "reduction", which is this rank's alone; world-invariant numerics add
-        "accumulation", the same on every rank.
+        A compressed reduction adds "reduction", which is this rank's alone. The same on every rank are
+        "accumulation" (world-invariant numerics), "loss_scaler" (fp16) and "noise_scale" (where it is
+        measured).
         """
         result = {
             "model": state.model_state(self._model, full),
@@ -182,15 +211,15 @@ class DataParallelRunner:
             result["reduction"] = state.copied(own) if full else own
         if shared := self._accumulation.state_dict():
             result["accumulation"] = shared
-        return result
+        return result | {key: part.state_dict() for key, part in self._carried().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies what `state_dict` returned, here or under another layout, into place; equal on every rank.
 
-        Without "optimizer" only the model is loaded, for weights that come from elsewhere. Without
-        "reduction" a compressed reduction starts anew.
+        Without "optimizer" only the model is loaded, for weights that come from elsewhere. What else is
+        missing starts anew: a compressed reduction, the loss scale, the measured noise scale.
         """
-        known = {"model", "optimizer", "reduction", "accumulation"}
+        known = {"model", "optimizer", "reduction", "accumulation", "loss_scaler", "noise_scale"}
         if unexpected := state_dict.keys() - known or "model" not in state_dict:
             raise CheckpointError(
                 f"A state dictionary with the keys {sorted(state_dict)[:5]}.",
@@ -203,6 +232,18 @@ class DataParallelRunner:
             if self._reduction is not None and self._reduction.state_dict():
                 self._reduction.load_state_dict(state_dict.get("reduction", {}))
             self._accumulation.load_state_dict(state_dict.get("accumulation", {}))
+            for key, part in self._carried().items():
+                if key in state_dict:
+                    part.load_state_dict(state_dict[key])
+
+    def _carried(self) -> dict[str, LossScaler | GradientNoiseScale]:
+        """What goes from step to step besides model, optimizer and sums; by its key in the state."""
+        carried: dict[str, LossScaler | GradientNoiseScale] = {}
+        if self._scaler is not None:
+            carried["loss_scaler"] = self._scaler
+        if self._parts is not None:
+            carried["noise_scale"] = self._parts.meter
+        return carried
 
     def place_state(self, name: str, key: str) -> FlatShard | None:
         """Where a checkpoint's piece `key` of the optimizer state of parameter `name` is loaded to.
@@ -219,8 +260,12 @@ class DataParallelRunner:
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         batch = to_device(batch, self._device)
-        output = call_model(self._model, batch, with_loss=self._loss is not None)
-        return loss_sum_and_count(output, batch, self._loss, causal=self._causal)
+        with self._autocast():
+            output = call_model(self._model, batch, with_loss=self._loss is not None)
+            return loss_sum_and_count(output, batch, self._loss, causal=self._causal)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.plan.precision, self._device)
 
     def _all_reduce(self, tensor: torch.Tensor) -> dist.Work | None:
         return None if self._sum_over_ranks is None else self._sum_over_ranks(tensor)

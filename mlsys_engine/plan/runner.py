@@ -18,6 +18,7 @@ class StepResult:
     skipped: torch.Tensor  # bool, true when all ranks agreed to skip a step with a non-finite gradient
     num_tokens: torch.Tensor  # int64, the global count that divided the loss
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds on this rank, by phase
+    measured: Mapping[str, torch.Tensor] = field(default_factory=dict)  # more to log: the loss scale, ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class Runner(Protocol):
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """`{"model": {fqn: tensor}, "optimizer": {"state": {fqn: {name: value}}, "param_groups": []}}`.
 
-        May hold "reduction" besides, which is this rank's alone, and "accumulation", the same on every rank.
+        May hold "reduction" besides, which is this rank's alone, and "accumulation", "loss_scaler" and
+        "noise_scale", the same on every rank.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

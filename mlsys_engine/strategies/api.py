@@ -13,6 +13,7 @@ from mlsys_engine import activation as activation_policies
 from mlsys_engine.comm.launch import World, current_world, init
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.numerics import Loss, call_model
+from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import Plan, Runner
 from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Strategy
 from mlsys_engine.strategies.data_parallel import DataParallel
@@ -60,12 +61,15 @@ def apply(
     optimizer: OptimizerFactory,
     loss: Loss | None = None,
     max_grad_norm: float | None = None,
+    loss_scaler: LossScaler | None = None,
+    noise_scale: GradientNoiseScale | None = None,
 ) -> Runner:
     """Builds a plan: converts `model` in place and returns what trains it. Every rank calls it alike.
 
     Joins the job first (mls.init) when nobody has. `optimizer` is called with the list of (name, parameter)
     of the trainable parameters and returns a torch.optim.Optimizer. `loss(output, batch)` returns a mean or
-    `(sum, count)`; None takes the output's `.loss`. Afterwards `.to()` and `assign=True` are refused.
+    `(sum, count)`; None takes the output's `.loss`. `loss_scaler` replaces the one that fp16 has, and
+    `noise_scale` is told of every step's gradients. Afterwards `.to()` and `assign=True` are refused.
     """
     _check_model(model)
     check_loss(loss)
@@ -81,7 +85,14 @@ def apply(
     if plan.compile:
         model.compile()
     return strategy_type(plan.strategy).build(
-        plan, model, optimizer=optimizer, loss=loss, max_grad_norm=max_grad_norm, world=world
+        plan,
+        model,
+        optimizer=optimizer,
+        loss=loss,
+        max_grad_norm=max_grad_norm,
+        world=world,
+        loss_scaler=loss_scaler,
+        noise_scale=noise_scale,
     )
 
 
@@ -92,6 +103,8 @@ def wrap(
     loss: Loss | None = None,
     strategy: Strategy | str = DataParallel(),  # noqa: B008 (a frozen value)
     max_grad_norm: float | None = None,
+    loss_scaler: LossScaler | None = None,
+    noise_scale: GradientNoiseScale | None = None,
     precision: str = "fp32",
     accumulate: int = 1,
     activation: str | None = None,
@@ -122,7 +135,15 @@ def wrap(
         compile=compile,
         seed=seed,
     )
-    build = partial(apply, model=model, optimizer=optimizer, loss=loss, max_grad_norm=max_grad_norm)
+    build = partial(
+        apply,
+        model=model,
+        optimizer=optimizer,
+        loss=loss,
+        max_grad_norm=max_grad_norm,
+        loss_scaler=loss_scaler,
+        noise_scale=noise_scale,
+    )
     if sample is not None:
         return build(make_plan(sample))
     make_plan()  # what cannot work is refused here, not at the first step

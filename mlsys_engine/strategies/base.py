@@ -12,6 +12,7 @@ from torch import nn
 from mlsys_engine.comm.launch import World
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.numerics import Loss
+from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import NUMERICS_MODES, PRECISIONS, Plan, Runner
 from mlsys_engine.trace import Trace
 
@@ -23,7 +24,7 @@ class PlanOptions:
     """What a plan is asked for besides the strategy; checked when made, before any process starts."""
 
     precision: str = "fp32"
-    """Arithmetic of forward and backward."""
+    """Arithmetic of forward and backward: "fp32", or "bf16" and "fp16" under autocast."""
     accumulate: int = 1
     """Microbatches of one step on each rank."""
     activation: Mapping[str, str] = field(default_factory=dict)
@@ -69,5 +70,7 @@ class Strategy(Protocol):
         loss: Loss | None,
         max_grad_norm: float | None,
         world: World,
+        loss_scaler: LossScaler | None,
+        noise_scale: GradientNoiseScale | None,
     ) -> Runner:
         """Builds a plan that `plan` made, on every rank of `world`, converting the model in place."""

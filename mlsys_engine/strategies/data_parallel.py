@@ -16,7 +16,8 @@ from mlsys_engine.data_parallel.invariance import LEAVES, check_leaves, refuse_v
 from mlsys_engine.data_parallel.partition import partition_bucket
 from mlsys_engine.data_parallel.reductions import POWERSGD_RANK, POWERSGD_START
 from mlsys_engine.errors import ConfigError, did_you_mean
-from mlsys_engine.numerics import Loss
+from mlsys_engine.numerics import AUTOCAST_DTYPES, Loss
+from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import SHARD_LEVELS, SYNC_MODES, Bucket, MeshAxis, Plan, Runner
 from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions
 from mlsys_engine.trace import Trace
@@ -80,13 +81,8 @@ class DataParallel:
 
     def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
         """The buckets of the model's trainable parameters, and the options. Needs no ranks."""
-        if options.precision != "fp32":
-            raise ConfigError(
-                f"precision={options.precision!r}.",
-                'DataParallel runs the model in its own dtype, which is precision="fp32", in this version.',
-                'Use "fp32".',
-            )
         buckets = layout_buckets(trace, self.bucket_mib)
+        self._check_precision(buckets, options.precision)
         self._check_compressible(buckets)
         leaves = self._leaves(buckets, world_size, options)
         return Plan(
@@ -167,6 +163,24 @@ class DataParallel:
                 "Leave compression out, or convert the model with model.float() first.",
             )
 
+    def _check_precision(self, buckets: Sequence[Bucket], precision: str) -> None:
+        if precision not in AUTOCAST_DTYPES:
+            return
+        others = [bucket for bucket in buckets if bucket.dtype != "float32"]
+        if others:
+            raise ConfigError(
+                f"precision={precision!r} for a model whose parameter {others[0].slots[0].name} is "
+                f"{others[0].dtype}.",
+                "Autocast keeps float32 parameters and casts them for matrix products.",
+                'Convert the model with model.float(), or use "fp32", which runs a model in its own dtype.',
+            )
+        if precision == "fp16" and self.compression is not None:
+            raise ConfigError(
+                f'precision="fp16" with DataParallel(compression={self.compression!r}).',
+                "What compression owes to later steps is in the units of the loss scale, which changes.",
+                'Use precision="bf16", or leave compression out.',
+            )
+
     @staticmethod
     def build(
         plan: Plan,
@@ -176,6 +190,8 @@ class DataParallel:
         loss: Loss | None,
         max_grad_norm: float | None,
         world: World,
+        loss_scaler: LossScaler | None,
+        noise_scale: GradientNoiseScale | None,
     ) -> Runner:
         """Converts the model in place. A world of one communicates nothing."""
         return build_runner(
@@ -186,6 +202,8 @@ class DataParallel:
             max_grad_norm=max_grad_norm,
             device=world.device,
             group=dist.group.WORLD if world.world_size > 1 else None,
+            loss_scaler=loss_scaler,
+            noise_scale=noise_scale,
         )
 
 

@@ -94,6 +94,7 @@ class Reporter:
             "num_tokens": float(num_tokens),
             "tokens_per_s": num_tokens / max(pending.elapsed_s, 1e-9),
             "step_s": pending.elapsed_s,
+            **{name: float(value) for name, value in result.measured.items()},
         }
         if bool(result.skipped):
             self.num_skipped += 1

@@ -15,7 +15,7 @@ from mlsys_engine import strategies, tracking
 from mlsys_engine.comm.launch import World, init
 from mlsys_engine.data import GlobalBatches
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.optim import AdamW
+from mlsys_engine.optim import AdamW, GradientNoiseScale, LossScaler
 from mlsys_engine.plan import Plan
 from mlsys_engine.plan.runner import Runner
 from mlsys_engine.trainer import record, resuming, rng_state
@@ -44,13 +44,14 @@ class Trainer:
     nobody has. `model` is changed in place. The loader given to `fit` yields *global* batches: its batch_size
     is the number of samples of one optimizer step over all ranks, which `accumulate` cuts into microbatches.
 
-    loss: `loss(output, batch)` giving a mean or `(sum, count)`; None takes the output's `.loss`.
-    optimizer: a factory called with (name, parameter) pairs. lr_schedule: a function of the step giving the
-    factor of the learning rate, or of the optimizer giving a torch scheduler. sample: a batch to plan with
-    (the first one of the loader by default). callbacks: see `trainer.events`. trackers: names or objects,
-    used on rank 0. run_dir: where record and checkpoints go (a new folder below runs/ by default). seed: of
-    the data order and of dropout, per data rank; initialising the model is the caller's. Raises ConfigError
-    for settings that cannot work.
+    loss: `loss(output, batch)` giving a mean or `(sum, count)`; None takes the output's `.loss`. optimizer: a
+    factory called with (name, parameter) pairs. precision: "fp32", or "bf16" and "fp16" under autocast.
+    lr_schedule: a function of the step giving the factor of the learning rate, or of the optimizer giving a
+    torch scheduler. sample: a batch to plan with (the first one of the loader by default). callbacks: see
+    `trainer.events`. trackers: names or objects, used on rank 0. run_dir: where record and checkpoints go (a
+    new folder below runs/ by default). seed: of the data order and of dropout, per data rank; initialising
+    the model is the caller's. loss_scaler: instead of the one that fp16 has. noise_scale: measures the
+    gradient noise, which is logged. Raises ConfigError for settings that cannot work.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Trainer:
         run_dir: str | Path | None = None,
         seed: int = 0,
         numerics: str = "fast",
+        loss_scaler: LossScaler | None = None,
+        noise_scale: GradientNoiseScale | None = None,
     ) -> None:
         _check_settings(model, max_grad_norm, accumulate, verify, seed)
         strategies.check_loss(loss)
@@ -84,6 +87,7 @@ class Trainer:
         }
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._lr_schedule, self._max_grad_norm, self._sample = lr_schedule, max_grad_norm, sample
+        self._loss_scaler, self._noise_scale = loss_scaler, noise_scale
         self._strategy = strategies.from_name(strategy)
         self._accumulate, self._seed = accumulate, seed
         self._plan_options: dict[str, Any] = {
@@ -159,6 +163,8 @@ class Trainer:
                 optimizer=self._optimizer,
                 loss=self._loss,
                 max_grad_norm=self._max_grad_norm,
+                loss_scaler=self._loss_scaler,
+                noise_scale=self._noise_scale,
             )
             self._built = _Built(world=world, plan=plan, runner=runner)
         return self._built

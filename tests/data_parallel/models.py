@@ -37,7 +37,16 @@ def plan_of(model: nn.Module, sample=None, world_size: int = 1, bucket_mib: floa
     return DataParallel(bucket_mib=bucket_mib).plan(trace(model, sample), world_size, PlanOptions(**options))
 
 
-def alone(model: nn.Module, optimizer=SGD, loss=squared_error, max_grad_norm=None, **options):
+def alone(
+    model: nn.Module,
+    optimizer=SGD,
+    loss=squared_error,
+    max_grad_norm=None,
+    *,
+    loss_scaler=None,
+    noise_scale=None,
+    **options,
+):
     """A runner of a world of one, with no process group at all."""
     return build_runner(
         plan_of(model, **options),
@@ -47,4 +56,6 @@ def alone(model: nn.Module, optimizer=SGD, loss=squared_error, max_grad_norm=Non
         max_grad_norm=max_grad_norm,
         device=torch.device("cpu"),
         group=None,
+        loss_scaler=loss_scaler,
+        noise_scale=noise_scale,
     )

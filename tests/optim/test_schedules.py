@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from torch.optim import lr_scheduler
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim import schedules
 from mlsys_engine.optim.schedules import SCHEDULES, scaled_lr
-from tests.trainer import workloads
+from mlsys_engine.trainer.schedule import Schedule
 
 WARMUP, TOTAL = 4, 24
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -94,37 +92,42 @@ def test_a_schedule_is_a_value_that_copies_pickles_compares_and_hashes(name: str
         schedule.warmup_steps = 9
 
 
+def _optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.3)
+
+
+def _rates(schedule: Schedule, num_steps: int) -> list[float]:
+    rates = []
+    for _ in range(num_steps):
+        rates.append(schedule.lr)
+        schedule.after_step()
+    return rates
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_trainer_and_torch_take_a_schedule_as_it_is(name: str, tmp_path: Path) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.3)
+def test_the_trainer_and_torch_take_a_schedule_as_it_is(name: str) -> None:
+    optimizer = _optimizer()
     scheduler = lr_scheduler.LambdaLR(optimizer, _example(name))
     expected = []
     for _ in range(6):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    losses = workloads.Losses()
-    trainer = workloads.make_trainer(
-        tmp_path, losses, lr_schedule=_example(name), optimizer=partial(torch.optim.SGD, lr=0.3)
-    )
-    trainer.fit(workloads.make_loader(), max_steps=6)
-    assert losses.lrs == expected == [0.3 * _example(name)(step) for step in range(6)]
+    rates = _rates(Schedule(_example(name), _optimizer()), 6)
+    assert rates == expected == [0.3 * _example(name)(step) for step in range(6)]
 
 
-def test_a_resumed_training_follows_the_schedule_that_it_is_given_now(tmp_path: Path) -> None:
-    first, second = workloads.Losses(), workloads.Losses()
-    settings: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, lr=1.0)}
+def test_a_resumed_training_follows_the_schedule_that_it_is_given_now() -> None:
     short, long = schedules.Linear(total_steps=4), schedules.Linear(total_steps=8)
-    workloads.make_trainer(tmp_path, first, lr_schedule=short, **settings).fit(
-        workloads.make_loader(), max_steps=2, save_every=2
-    )
-    workloads.make_trainer(tmp_path, second, lr_schedule=long, **settings).fit(
-        workloads.make_loader(), max_steps=6
-    )
-    assert first.lrs == [short(0), short(1)]
+    before = Schedule(short, _optimizer())
+    assert _rates(before, 2) == [0.3 * short(0), 0.3 * short(1)]
+    optimizer = _optimizer()
+    after = Schedule(long, optimizer)
+    after.load_state_dict(before.state_dict())
     # The first step after a resume has the rate that the optimizer was saved with.
-    assert second.lrs[1:] == [long(3), long(4), long(5)]
-    assert short == schedules.Linear(total_steps=4)  # loading a checkpoint leaves the value alone
+    assert _rates(after, 4)[1:] == [0.3 * long(3), 0.3 * long(4), 0.3 * long(5)]
+    assert short == schedules.Linear(total_steps=4)  # loading a state leaves the values alone
+    assert long == schedules.Linear(total_steps=8)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def _refusals(rank, world_size):
     uneven = strategies.plan(model, strategies.DataParallel(bucket_mib=25 - rank))
     mine = Plan.from_json(json.dumps(json.loads(uneven.to_json()) | {"seed": rank}))
     attempt(lambda: strategies.apply(mine, model, optimizer=ADAMW))
-    attempt(lambda: strategies.wrap(model, optimizer=ADAMW, precision="bf16"))
+    attempt(lambda: strategies.wrap(model, optimizer=ADAMW, precision="fp8"))
     attempt(lambda: strategies.wrap(model, optimizer=ADAMW, strategy="pipeline_parallel"))
     strategies.wrap(model, optimizer=ADAMW, sample=pairs(2))  # and none of these has touched the model
     return messages
@@ -145,7 +145,7 @@ def test_plans_for_another_world_or_unlike_those_of_other_ranks_are_refused_on_e
         expected = [
             "A plan for 3 ranks",
             "Rank 1 has another plan",
-            "precision='bf16'",
+            "precision='fp8'",
             "'pipeline_parallel'",
         ]
         assert len(messages) == len(expected)

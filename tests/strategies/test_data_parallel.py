@@ -60,7 +60,6 @@ def test_settings_that_are_not_built_or_not_known_are_refused_when_it_is_made(se
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "bf16"}, 'Use "fp32"'),
         ({"precision": "fp8"}, "precision='fp8'"),
         ({"numerics": "world_invariant", "seed": 0}, "onto 1, 2, 4, 8 ranks"),
         ({"numerics": "slow"}, "numerics='slow'"),
