@@ -41,6 +41,8 @@ class NativeOptimizer(torch.optim.Optimizer):
     moment_kinds: ClassVar[Mapping[str, str]] = MappingProxyType({})
     defaults: Group
 
+    _step_supports_amp_scaling: ClassVar[bool] = True  # torch.amp.GradScaler need not unscale before `step`
+
     # Caches, rebuilt on demand: torch's pickling and deepcopy carry defaults, state and groups only.
     _plan: StepPlan | None = None
     _steps: StepCounts | None = None
@@ -85,7 +87,9 @@ class NativeOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._advance(1.0, False)
+        # torch.amp.GradScaler leaves both here for the time of the call.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._advance(1.0 if scale is None else 1.0 / scale, False if found_inf is None else found_inf > 0)
         return loss
 
     @torch.optim.Optimizer.profile_hook_step
