@@ -135,6 +135,9 @@ class Request {
   virtual bool completed() const = 0;
   // Blocks until done; throws PeerFailed, TimedOut, or what went wrong. Zero timeout means the group's.
   virtual void wait(std::chrono::milliseconds timeout) = 0;
+  // Called once from the progress thread before anybody can see that it is done or failed (at once if that
+  // already happened): for what must be over when wait() returns.
+  virtual void before_completion(std::function<void()> callback) = 0;
   // Called once from the progress thread when done or failed (at once if that already happened). The callback
   // must be short and must not throw.
   virtual void on_completion(std::function<void()> callback) = 0;

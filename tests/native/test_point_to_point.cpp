@@ -3,6 +3,7 @@
 #include <cstring>
 #include <fstream>
 #include <numeric>
+#include <thread>
 
 #include "check.h"
 #include "ranks.h"
@@ -249,6 +250,26 @@ TEST(abandoned_requests_neither_lose_messages_nor_write_into_freed_memory) {
       r.comm->barrier(kDefault);
     });
   }
+}
+
+TEST(what_runs_before_completion_is_over_when_wait_returns) {
+  ranks::run({.size = 2}, [](Rank& r) {
+    for (int round = 0; round < 200; ++round) {
+      int value = round;
+      if (r.rank == 1) {
+        r.comm->send(&value, sizeof(value), 0, 1)->wait(kDefault);
+        continue;
+      }
+      const auto received = r.comm->recv(&value, sizeof(value), 1, 1);
+      std::atomic<bool> over = false;
+      received->before_completion([&] {
+        for (int turn = 0; turn < 50; ++turn) std::this_thread::yield();
+        over = true;
+      });
+      received->wait(kDefault);
+      CHECK(over.load());
+    }
+  });
 }
 
 TEST(callbacks_run_once_on_completion_or_at_once_when_late) {

@@ -84,10 +84,12 @@ PointToPointWork::PointToPointWork(int rank, c10d::OpType type, const char* titl
   shared_->place = std::move(place);
   shared_->record = std::move(record);
   shared_->keep_alive = shared_;
-  shared_->end_of_profile = std::exchange(recordFunctionEndCallback_, nullptr);
+  // Whoever has waited may end the profiler, which must not find this event still being written.
+  if (recordFunctionEndCallback_) {
+    shared_->request->before_completion(std::exchange(recordFunctionEndCallback_, nullptr));
+  }
   shared_->request->on_completion([shared = shared_.get()] {
     const auto alive = std::exchange(shared->keep_alive, nullptr);
-    if (alive->end_of_profile) alive->end_of_profile();
     const auto failure = alive->failure();
     if (!failure) alive->record.completed();
     alive->future.complete(alive->outputs, failure);

@@ -34,10 +34,16 @@ std::optional<MessageHeader> decode_message_header(std::span<const uint8_t> byte
 }
 
 void MessageState::complete(int source, std::exception_ptr error) {
-  std::function<void()> callback;
+  std::function<void()> before, callback;
   {
     const std::lock_guard lock(mutex_);
-    if (done_) return;
+    if (ending_) return;
+    ending_ = true;
+    before = std::exchange(before_, nullptr);
+  }
+  if (before) before();
+  {
+    const std::lock_guard lock(mutex_);
     done_ = true;
     source_ = source;
     error_ = std::move(error);
@@ -55,6 +61,17 @@ bool MessageState::completed() const {
 int MessageState::source() const {
   const std::lock_guard lock(mutex_);
   return source_;
+}
+
+void MessageState::before_completion(std::function<void()> callback) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!ending_) {
+      before_ = std::move(callback);
+      return;
+    }
+  }
+  callback();
 }
 
 void MessageState::on_completion(std::function<void()> callback) {
