@@ -7,10 +7,10 @@
 
 namespace mlsys {
 
-void adamw_step(const StepArguments& args) { step_segments<AdamW>(args); }
+void adamw_step(const StepArguments& args) { step_segments<AdamW, AmsgradAdamW>(args); }
 
 std::unique_ptr<TileStep> adamw_tile_step(const StepArguments& args) {
-  return std::make_unique<TableTileStep<AdamW>>(args);
+  return std::make_unique<TableTileStep<AdamW, AmsgradAdamW>>(args);
 }
 
 }  // namespace mlsys

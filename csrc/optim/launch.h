@@ -13,7 +13,11 @@ struct StepArguments;
 // The rules that work element by element, by their names in mlsys_engine/optim/registry.py. One in the list
 // has an instantiation file here and one in cuda/; operators and tile steps follow from the list.
 #define MLSYS_ELEMENT_RULES(X) \
+  X(adagrad)                   \
+  X(adam)                      \
   X(adamw)                     \
+  X(lion)                      \
+  X(schedule_free_adamw)       \
   X(sgd)
 
 // CPU. One call steps a whole table; see step.h.

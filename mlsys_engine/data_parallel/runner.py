@@ -183,7 +183,7 @@ class DataParallelRunner:
         """Loss and count of this rank's share (None: it has none), summed over all ranks, in eval mode."""
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         if batch is not None:
-            with _evaluating(self._model), numerics_mode(self.plan.numerics):
+            with _evaluating(self._model, self._optimizer), numerics_mode(self.plan.numerics):
                 totals[0], totals[1] = self._forward(batch)
         work = self._all_reduce(totals)
         if work is not None:
@@ -192,7 +192,7 @@ class DataParallelRunner:
 
     def predict(self, batch: Any) -> Any:
         """The model's output for this rank's own batch, in eval mode and without gradients."""
-        with _evaluating(self._model), numerics_mode(self.plan.numerics), self._autocast():
+        with _evaluating(self._model, self._optimizer), numerics_mode(self.plan.numerics), self._autocast():
             return call_model(self._model, to_device(batch, self._device), with_loss=self._loss is not None)
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
@@ -253,7 +253,12 @@ class DataParallelRunner:
         return self._update.place_state(name, key)
 
     def close(self) -> None:
-        """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards."""
+        """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards.
+
+        Where the optimizer averages the weights, they are the average.
+        """
+        if hasattr(self._optimizer, "eval"):
+            self._optimizer.eval()
         self.reducer.close()
         guard.release(self._model)
         self._arenas.release()
@@ -285,13 +290,21 @@ class _Clock:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back, frozen layers included."""
+def _evaluating(model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back, frozen layers included.
+
+    An optimizer with an average of the weights, such as ScheduleFreeAdamW, puts it in for that time.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    averages = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+    if averages:
+        optimizer.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        if averages:
+            optimizer.train()
         for module, training in modes:
             module.training = training

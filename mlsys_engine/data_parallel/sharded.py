@@ -29,9 +29,15 @@ from mlsys_engine.plan import Plan
 
 def check_shardable(optimizer: torch.optim.Optimizer) -> NativeOptimizer:
     """The optimizer itself when its rule can step parts of parameters; raises ConfigError otherwise."""
-    if isinstance(optimizer, NativeOptimizer):
-        return optimizer
     kind = type(optimizer)
+    if isinstance(optimizer, NativeOptimizer):
+        if optimizer.shardable:
+            return optimizer
+        raise ConfigError(
+            f'DataParallel(shard="optimizer") with {kind.__name__}.',
+            "Sharding needs a rule that steps any part of a parameter by itself, as AdamW and Lion do.",
+            f'Use one of them, or shard="none" with {kind.__name__}.',
+        )
     raise ConfigError(
         f'DataParallel(shard="optimizer") with {kind.__module__.partition(".")[0]}\'s {kind.__name__}.',
         "Sharding needs the engine's own optimizers, whose rules step any part of a parameter by itself.",

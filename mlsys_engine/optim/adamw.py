@@ -23,20 +23,25 @@ class AdamW(NativeOptimizer):
 
     rule: ClassVar[str] = "adamw"
     counts_steps: ClassVar[bool] = True
-    moment_kinds: ClassVar[Mapping[str, str]] = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
+    moment_kinds: ClassVar[Mapping[str, str]] = {
+        "exp_avg": "signed",
+        "exp_avg_sq": "unsigned",
+        "max_exp_avg_sq": "unsigned",
+    }
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (torch's own signature)
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         maximize: bool = False,
         **precision: Unpack[Precision],
     ) -> None:
-        # The last six are torch's: kept, switched off, so that state dictionaries have the same keys.
+        # The last five are torch's: kept, switched off, so that state dictionaries have the same keys.
         super().__init__(
             params,
             {
@@ -45,7 +50,7 @@ class AdamW(NativeOptimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "maximize": maximize,
-                "amsgrad": False,
+                "amsgrad": amsgrad,
                 "foreach": None,
                 "capturable": False,
                 "differentiable": False,
@@ -56,7 +61,7 @@ class AdamW(NativeOptimizer):
         )
 
     def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return "exp_avg", "exp_avg_sq"
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
     def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
         beta1, beta2 = group["betas"]
@@ -75,7 +80,6 @@ class AdamW(NativeOptimizer):
             check_range(f"betas[{index}]", beta, below=1.0)
         check_range("eps", group["eps"])
         check_range("weight_decay", group["weight_decay"])
-        check_flag_is_off(group, "amsgrad", "Switch it off, or use torch.optim.AdamW.")
         check_flag_is_off(group, "differentiable", "Switch it off, or use torch.optim.AdamW.")
         if not group["decoupled_weight_decay"] and group["weight_decay"]:
             raise ConfigError(
@@ -94,10 +98,10 @@ class AdamW(NativeOptimizer):
             grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             [state["step"] for state in states],
             fused=True,
-            amsgrad=False,
+            amsgrad=group["amsgrad"],
             beta1=beta1,
             beta2=beta2,
             lr=group["lr"],

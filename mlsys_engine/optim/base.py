@@ -19,7 +19,7 @@ from mlsys_engine.optim.adopted import AdoptedArena
 from mlsys_engine.optim.checks import check_parameter
 from mlsys_engine.optim.formats import PRECISION, Form, Precision, check_precision, form_of
 from mlsys_engine.optim.kernels import is_native
-from mlsys_engine.optim.loading import matched_by_name
+from mlsys_engine.optim.loading import matched_by_name, restore_wide
 from mlsys_engine.optim.plan import StepPlan
 from mlsys_engine.optim.state import StepCounts, ensure_state
 
@@ -39,6 +39,7 @@ class NativeOptimizer(torch.optim.Optimizer):
     counts_steps: ClassVar[bool]  # rule: whether state[p]["step"] exists, as in torch's own state
     # Rule: which moments may be narrowed: "signed", or "unsigned" for sums of squares. Others stay float32.
     moment_kinds: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    shardable: ClassVar[bool] = True  # rule: whether any part of a parameter steps by itself
     defaults: Group
 
     _step_supports_amp_scaling: ClassVar[bool] = True  # torch.amp.GradScaler need not unscale before `step`
@@ -143,20 +144,10 @@ class NativeOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._restore_wide(state_dict)
+        restore_wide(self, state_dict)
         if self._adopted:
             params = self._parameters()
             ensure_state(self, params, [position for position, p in enumerate(params) if self.state.get(p)])
-
-    def _restore_wide(self, saved: dict[str, Any]) -> None:
-        """torch casts what it loads to the parameter's dtype; a narrow one's state is wider than that."""
-        for group, loaded in zip(self.param_groups, saved["param_groups"], strict=True):
-            for parameter, index in zip(group["params"], loaded["params"], strict=True):
-                if parameter.dtype is torch.float32:
-                    continue
-                for key, value in saved["state"].get(index, {}).items():
-                    if key != "step" and isinstance(value, Tensor) and value.dtype is not parameter.dtype:
-                        self.state[parameter][key] = value.to(parameter.device)
 
     # ---- precision
 
@@ -203,8 +194,18 @@ class NativeOptimizer(torch.optim.Optimizer):
             if bool(skip):
                 return
             skip = False
+        self.step_on([parameter.grad for parameter in self._parameters()], grad_scale, skip, zero_grad)
+
+    @torch.no_grad()
+    def step_on(
+        self,
+        grads: list[Tensor | None],
+        grad_scale: float | Tensor,
+        skip: bool | Tensor,
+        zero_grad: bool = False,
+    ) -> None:
+        """The step on gradients that need not be the parameters' own, one for each or None."""
         params = self._parameters()
-        grads = [parameter.grad for parameter in params]
         missing = [grad is None for grad in grads]
         plan = self._plan
         if plan is None or not plan.is_current(self, params, missing):
@@ -218,7 +219,7 @@ class NativeOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"{type(self).__name__} has no native kernels for {', '.join(map(str, strangers))} in "
                 "this build: torch's own implementation steps those parameters.",
-                stacklevel=5,
+                stacklevel=6,
             )
             self._announced = True
 

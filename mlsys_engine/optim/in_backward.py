@@ -59,6 +59,12 @@ class StepInBackward:
         self, optimizer: NativeOptimizer, *, max_grad_norm: float | None, clip: str, accumulate: int
     ) -> None:
         _check(max_grad_norm, clip, accumulate)
+        if not optimizer.shardable:
+            raise ConfigError(
+                f"step_in_backward() with {type(optimizer).__name__}.",
+                "It needs a rule that steps each parameter by itself, as AdamW and Lion do.",
+                "Use one of them, or step after the backward.",
+            )
         self._optimizer, self._accumulate = optimizer, accumulate
         self._limit = 0.0 if max_grad_norm is None else max_grad_norm
         self._two_pass = max_grad_norm is not None and clip == "two_pass"

@@ -43,6 +43,17 @@ def matched_by_name(optimizer: NativeOptimizer, state_dict: dict[str, Any]) -> d
     return _rearranged(optimizer.param_groups, state_dict, saved, own)
 
 
+def restore_wide(optimizer: NativeOptimizer, saved: dict[str, Any]) -> None:
+    """torch casts what it loads to the parameter's dtype; a narrow one's state is wider than that."""
+    for group, loaded in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, index in zip(group["params"], loaded["params"], strict=True):
+            if parameter.dtype is torch.float32:
+                continue
+            for key, value in saved["state"].get(index, {}).items():
+                if key != "step" and isinstance(value, torch.Tensor) and value.dtype is not parameter.dtype:
+                    optimizer.state[parameter][key] = value.to(parameter.device)
+
+
 def _rearranged(
     groups: Sequence[Group], state_dict: dict[str, Any], saved: Sequence[str], own: Sequence[str]
 ) -> dict[str, Any]:

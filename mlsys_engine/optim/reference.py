@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS
@@ -17,13 +18,18 @@ NORM_LANES = 32  # csrc/optim/sum_of_squares.cpp: kLanes
 
 
 def adamw(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
-    """Loshchilov & Hutter 2019, algorithm 2. Returns the new parameter; `state` is changed."""
+    """Loshchilov & Hutter 2019, algorithm 2. Returns the new parameter; `state` is changed.
+
+    With amsgrad the largest second moment so far is taken, before its correction, as torch does.
+    """
     gradient = -gradient if group["maximize"] else gradient
     (beta1, beta2), lr = group["betas"], float(group["lr"])
     step = state["step"] = state.get("step", 0) + 1
     first = state["exp_avg"] = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * gradient
     second = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * gradient**2
     first_unbiased = first / (1 - beta1**step)
+    if group["amsgrad"]:
+        second = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", second), second)
     second_unbiased = second / (1 - beta2**step)
     decayed = parameter - lr * group["weight_decay"] * parameter
     return decayed - lr * first_unbiased / (second_unbiased.sqrt() + group["eps"])
@@ -43,8 +49,64 @@ def sgd(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping
     return parameter - float(group["lr"]) * gradient
 
 
+def adam(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
+    """Kingma & Ba 2015, algorithm 1, on the gradient of the loss with its decay term added."""
+    if group["decoupled_weight_decay"]:
+        return adamw(parameter, gradient, state, group)
+    gradient = -gradient if group["maximize"] else gradient
+    coupled = gradient + group["weight_decay"] * parameter
+    return adamw(parameter, coupled, state, {**group, "maximize": False, "weight_decay": 0.0})
+
+
+def adagrad(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
+    """Duchi, Hazan & Singer 2011, figure 1 (diagonal), with torch.optim.Adagrad's decays."""
+    gradient = -gradient if group["maximize"] else gradient
+    gradient = gradient + group["weight_decay"] * parameter
+    step = state["step"] = state.get("step", 0) + 1
+    total = state["sum"] = state.get("sum", group["initial_accumulator_value"]) + gradient**2
+    rate = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+    return parameter - rate * gradient / (total.sqrt() + group["eps"])
+
+
+def lion(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
+    """Chen et al. 2023, algorithm 2. `state["mixed"]` keeps what the last sign was taken of."""
+    gradient = -gradient if group["maximize"] else gradient
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
+    momentum = state.get("exp_avg", 0.0)
+    mixed = state["mixed"] = beta1 * momentum + (1 - beta1) * gradient
+    state["exp_avg"] = beta2 * momentum + (1 - beta2) * gradient
+    sign = mixed.sign().where(~mixed.isnan(), mixed)  # torch.sign makes zero of nan
+    return parameter - lr * (sign + group["weight_decay"] * parameter)
+
+
+def schedule_free_adamw(
+    parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]
+) -> Tensor:
+    """Defazio et al. 2024, algorithm 1 with its x, y and z all stored; returns y, where gradients are
+    taken."""
+    gradient = -gradient if group["maximize"] else gradient
+    beta1, beta2 = group["betas"]
+    step = state["step"] = state.get("step", 0) + 1
+    z, x = state.get("z", parameter), state.get("x", parameter)
+    second = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * gradient**2
+    count = state["k"] = state.get("k", 0) + 1  # the group's steps; `step` are those with a gradient
+    warm = min(1.0, count / group["warmup_steps"]) if group["warmup_steps"] else 1.0
+    rate = float(group["lr"]) * warm
+    largest = state["lr_max"] = max(state.get("lr_max", 0.0), rate)
+    weight = count ** group["r"] * largest ** group["weight_lr_power"]
+    total = state["weight_sum"] = state.get("weight_sum", 0.0) + weight
+    root = (second / (1 - beta2**step)).sqrt() + group["eps"]
+    z = state["z"] = z - rate * gradient / root - rate * group["weight_decay"] * parameter
+    x = state["x"] = (1 - weight / total) * x + weight / total * z
+    return (1 - beta1) * z + beta1 * x
+
+
 REFERENCES: dict[str, Callable[[Tensor, Tensor, State, MutableMapping[str, Any]], Tensor]] = {
+    "adagrad": adagrad,
+    "adam": adam,
     "adamw": adamw,
+    "lion": lion,
+    "schedule_free_adamw": schedule_free_adamw,
     "sgd": sgd,
 }
 

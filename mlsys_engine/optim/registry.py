@@ -8,7 +8,11 @@ from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.optim.base import NativeOptimizer
 
 OPTIMIZERS = {
+    "adagrad": "mlsys_engine.optim.adagrad:Adagrad",
+    "adam": "mlsys_engine.optim.adam:Adam",
     "adamw": "mlsys_engine.optim.adamw:AdamW",
+    "lion": "mlsys_engine.optim.lion:Lion",
+    "schedule_free_adamw": "mlsys_engine.optim.schedule_free_adamw:ScheduleFreeAdamW",
     "sgd": "mlsys_engine.optim.sgd:SGD",
 }
 

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from mlsys_engine.data_parallel.build import build_runner
 from mlsys_engine.errors import ConfigError, DataError
+from mlsys_engine.optim import ScheduleFreeAdamW
 from mlsys_engine.plan import Runner
 from tests.data_parallel.models import SGD, alone, mlp, pairs, plan_of, squared_error
 
@@ -180,6 +181,22 @@ def test_evaluation_gives_sum_and_count_and_changes_nothing():
     assert (nothing.loss_sum.item(), nothing.count.item()) == (0.0, 0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model[0].weight.grad is None
+
+
+def test_an_optimizer_that_averages_the_weights_shows_the_average_in_evaluation_and_at_the_end():
+    model = mlp()
+    runner = alone(model, optimizer=functools.partial(ScheduleFreeAdamW, lr=0.05))
+    twin = mlp()
+    optimizer = ScheduleFreeAdamW(twin.parameters(), lr=0.05)
+    for seed in range(3):
+        runner.step([pairs(4, seed=seed)])
+        _torch_step(twin, optimizer, [pairs(4, seed=seed)])
+        runner.evaluate(pairs(3))  # training goes on as if it had not been
+    _assert_same_weights(model, twin)
+    optimizer.eval()
+    torch.testing.assert_close(runner.predict(pairs(3)), twin(pairs(3)[0]).detach(), **CLOSE)
+    runner.close()
+    _assert_same_weights(model, twin)
 
 
 def test_prediction_is_the_output_without_a_graph():

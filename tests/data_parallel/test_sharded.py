@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mlsys_engine import comm, optim, strategies
+from mlsys_engine.data_parallel.sharded import check_shardable
 from mlsys_engine.errors import ConfigError, PeerFailedError
 from mlsys_engine.memory.flat_shard import FlatShard
 from tests.data_parallel.models import mlp, pairs
@@ -34,8 +35,10 @@ from tests.data_parallel.sharding import (
         (4, functools.partial(groups, ADAMW), 0.5),
         (2, MOMENTUM, None),
         (3, functools.partial(optim.SGD, lr=0.05), 0.5),
+        (2, functools.partial(optim.Lion, lr=0.005), 0.5),
+        (2, functools.partial(optim.Adagrad, lr=0.05, initial_accumulator_value=0.1), None),
     ],
-    ids=["adamw", "adamw-unclipped", "groups", "momentum", "sgd"],
+    ids=["adamw", "adamw-unclipped", "groups", "momentum", "sgd", "lion", "adagrad"],
 )
 def test_sharded_training_gives_the_bits_of_unsharded_training(
     run_ranks, world_size, optimizer, max_grad_norm
@@ -154,6 +157,12 @@ def _refused(rank, world_size):
 def test_another_optimizer_is_refused_with_the_way_out(run_ranks):
     for message in run_ranks(_refused, 2):
         assert "torch's AdamW" in message and "mls.optim.AdamW" in message
+
+
+def test_a_rule_that_needs_more_than_parts_of_parameters_is_refused_with_the_way_out():
+    optimizer = optim.ScheduleFreeAdamW(mlp().parameters())
+    with pytest.raises(ConfigError, match=r'with ScheduleFreeAdamW.*shard="none" with ScheduleFreeAdamW'):
+        check_shardable(optimizer)
 
 
 def test_a_model_of_another_dtype_is_refused_when_it_is_planned():

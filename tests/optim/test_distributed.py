@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from mlsys_engine.errors import CheckpointError, ConfigError
 from mlsys_engine.optim import AdamW, clip_scale, step_in_backward
-from tests.optim.variants import TORCH_PEERS, VARIANTS, gradients_for, make, make_peer
+from tests.optim.peers import TORCH_PEERS, make_peer
+from tests.optim.variants import VARIANTS, gradients_for, make
 
 WIDTH, HIDDEN = 5, 7  # neither divides by the number of ranks; the last layer's one row leaves a rank empty
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mlsys_engine.errors import ConfigError
-from tests.optim.variants import TORCH_PEERS, VARIANTS, error_bound, gradients_for, make, make_peer
+from tests.optim.peers import TORCH_PEERS, make_peer
+from tests.optim.variants import VARIANTS, error_bound, gradients_for, make
 
 SHAPES = ((3, 4), (5,), (2, 3, 2), (1,))
 Optimizer = torch.optim.Optimizer

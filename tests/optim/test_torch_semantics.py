@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.optim import SGD, AdamW
+from mlsys_engine.optim import OPTIMIZERS, SGD, Adagrad, Adam, AdamW, optimizer_class
 from tests.optim.variants import EPSILON
 
 
@@ -95,8 +95,9 @@ def test_closure_runs_with_gradients_enabled_and_its_loss_is_returned() -> None:
     assert parameter.item() == pytest.approx(2.0 - 0.1 * 4.0, rel=4 * EPSILON)
 
 
-@pytest.mark.parametrize("cls", [AdamW, SGD])
-def test_learning_rate_as_a_tensor_can_be_changed_in_place(cls: Any) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rate_as_a_tensor_can_be_changed_in_place(name: str) -> None:
+    cls: Any = optimizer_class(name)
     ours, theirs = twins((7,))
     rate = torch.tensor(0.1)
     optimizer, plain = cls(ours, lr=rate), cls(theirs, lr=0.1)
@@ -115,6 +116,7 @@ def test_learning_rate_as_a_tensor_can_be_changed_in_place(cls: Any) -> None:
     [
         (AdamW, torch.optim.AdamW, {}),
         (SGD, torch.optim.SGD, {"momentum": 0.9}),
+        (Adam, torch.optim.Adam, {"weight_decay": 0.01}),
     ],
 )
 def test_torch_schedulers_drive_rates_betas_and_momentum(
@@ -225,11 +227,31 @@ def test_adamw_options_that_cannot_work_are_refused(options: dict[str, Any]) -> 
         AdamW([torch.nn.Parameter(torch.ones(2))], **options)
 
 
-def test_amsgrad_state_of_torch_is_refused_and_nothing_is_loaded() -> None:
+def test_adagrads_state_of_parameters_without_a_step_is_what_torch_gives_them() -> None:
+    ours, theirs = twins((3,), (4,))
+    optimizer, peer = Adagrad(ours, initial_accumulator_value=0.5), torch.optim.Adagrad(theirs)
+    set_gradients(ours[:1], seed=0)
+    optimizer.step()
+    theirs[0].data.copy_(ours[0].data)
+    saved = optimizer.state_dict()
+    assert torch.equal(saved["state"][1]["sum"], torch.full((4,), 0.5))
+    peer.load_state_dict(copy.deepcopy(saved))
+    again = Adagrad(copy.deepcopy(ours))
+    again.load_state_dict(copy.deepcopy(saved))
+    third = again.param_groups[0]["params"]
+    for step in range(3):
+        set_gradients(ours, theirs, third, seed=step)
+        for stepper in (optimizer, peer, again):
+            stepper.step()
+    assert_close(ours, theirs, 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, third, strict=True))
+
+
+def test_differentiable_state_of_torch_is_refused_and_nothing_is_loaded() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = AdamW([parameter], lr=0.5)
-    saved = torch.optim.AdamW([parameter], amsgrad=True).state_dict()
-    with pytest.raises(ConfigError, match="amsgrad"):
+    saved = torch.optim.AdamW([parameter], differentiable=True).state_dict()
+    with pytest.raises(ConfigError, match="differentiable"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.5
 

@@ -1,7 +1,8 @@
-"""Hyper-parameters under which each registered optimizer is tested, torch counterparts, error bounds."""
+"""Hyper-parameters under which each registered optimizer is tested, and error bounds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,14 +10,33 @@ import torch
 
 from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, optimizer_class
 
-TORCH_PEERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "adagrad": [
+        {"lr": 1e-2},
+        {"lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.5},
+        {"lr": 1e-2, "maximize": True, "eps": 1e-6},
+    ],
+    "adam": [
+        {"lr": 1e-2},
+        {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.8, 0.95), "eps": 1e-6},
+        {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.01},
+        {"lr": 1e-2, "maximize": True, "weight_decay": 0.3, "decoupled_weight_decay": True},
+    ],
     "adamw": [
         {"lr": 1e-2},
         {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-6},
         {"lr": 1e-2, "maximize": True, "weight_decay": 0.3},
         {"lr": 1e-2, "betas": (0.0, 0.9)},
+        {"lr": 1e-2, "betas": (0.9, 0.9), "amsgrad": True},
+    ],
+    "lion": [
+        {"lr": 1e-2},
+        {"lr": 1e-2, "maximize": True, "weight_decay": 0.3, "betas": (0.95, 0.98)},
+    ],
+    "schedule_free_adamw": [
+        {"lr": 1e-2},
+        {"lr": 1e-2, "warmup_steps": 20, "weight_decay": 0.1, "r": 1.0, "betas": (0.8, 0.95)},
+        {"lr": 1e-2, "maximize": True, "warmup_steps": 3, "weight_lr_power": 0.0},
     ],
     "sgd": [
         {"lr": 1e-2},
@@ -38,12 +58,13 @@ def every_variant() -> list[Any]:
     ]
 
 
+def shardable_variants() -> list[Any]:
+    """Those of the rules that step any part of a parameter by itself."""
+    return [param for param in every_variant() if optimizer_class(param.values[0]).shardable]
+
+
 def make(name: str, params: Any, variant: dict[str, Any]) -> NativeOptimizer:
     return optimizer_class(name)(params, **variant)  # type: ignore[call-arg]
-
-
-def make_peer(name: str, params: Any, variant: dict[str, Any], **options: Any) -> torch.optim.Optimizer:
-    return TORCH_PEERS[name](params, **variant, **options)
 
 
 def error_bound(
@@ -52,27 +73,87 @@ def error_bound(
     """How far float32 may drift from float64 in `steps` steps on gradients given from outside.
 
     `smallest <= |gradient| <= largest` and `|parameter|` bound the data; e is EPSILON. Each step adds the
-    error of its update, u, and of rounding the parameter twice, 2 e |p|; earlier errors of p are carried on
-    (decay shrinks them; through SGD's coupled decay they return to the gradient, at most doubling here, since
-    steps * lr * decay / (1 - momentum) < ln 2).
+    error of its update, which the rule's function below derives in units of e, and of rounding the parameter;
+    earlier errors of p are carried on. Decoupled decay shrinks them. Coupled decay returns them to the
+    gradient, which at most doubles them here: in SGD since steps * lr * decay / (1 - momentum) < ln 2, in
+    Adam and Adagrad since d(update)/d(gradient) < 2 R / g for R, g below, and steps * lr * decay * 2 R / g <
+    ln 2.
+    """
+    return steps * EPSILON * UPDATE_ERRORS[name](group, steps, smallest, largest, parameter)
 
-    AdamW: m and v are weighted means. Each step of m rounds three times: m is off by at most
-    3 e G / (1 - beta1) of its weight, and rounding the constant beta1 adds e G beta1 / (1 - beta1); dividing
-    by the bias correction cancels the missing weight. v is a sum of positive terms, so its relative error is
-    at most (3 + 2) e a step of age, half of that after the root. With sqrt(v) >= g: the ratio m/sqrt(v) is
-    off by at most R (4 / (1 - beta1) + 2.5 steps + 8) e, R = G / g, where 8 covers the scalars, root,
-    product, sum, quotient and products of the update itself.
 
-    SGD: g' = g + decay p, |g'| <= G'; the buffer is at most G' / (1 - momentum) and each step rounds it four
+def _adamw(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """m and v are weighted means. Each step of m rounds three times: m is off by at most 3 e G / (1 - beta1)
+    of its weight, and rounding the constant beta1 adds e G beta1 / (1 - beta1); dividing by the bias
+    correction cancels the missing weight. v is a sum of positive terms, so its relative error is at most (3 +
+    2) e a step of age, half of that after the root. With sqrt(v) >= g: the ratio m/sqrt(v) is off by at most
+    R (4 / (1 - beta1) + 2.5 steps + 8) e, R = G / g, where 8 covers the scalars, root, product, sum, quotient
+    and products of the update itself. The parameter is rounded twice.
+    """
+    update = largest / smallest * (4 / (1 - group["betas"][0]) + 2.5 * steps + 8)
+    return float(group["lr"]) * update + 2 * parameter
+
+
+def _adam(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """As AdamW, of the gradient with its decay term, which is rounded twice more."""
+    if group["decoupled_weight_decay"]:
+        return _adamw(group, steps, smallest, largest, parameter)
+    pull = group["weight_decay"] * parameter
+    assert pull < smallest
+    return 2 * (1 + _adamw(group, steps + 1, smallest - pull, largest + pull, parameter))
+
+
+def _adagrad(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """The sum's terms are positive: its relative error is at most (1 + 2) e a step, half of that after the
+    root; the ratio is at most 1, and 8 covers the decay term, root, sum, quotient, product and scalars.
+    """
+    return 2 * (group["lr"] * (1.5 * steps + 8) + 2 * parameter)
+
+
+def _lion(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """The step is lr, rounded once; decay's constant and product and the sum round p three times. Elements
+    whose sign is undecided are another matter: see `lion_may_flip`.
+    """
+    return float(group["lr"]) + 3 * parameter
+
+
+def lion_may_flip(group: dict[str, Any], mixed: torch.Tensor, largest: float) -> torch.Tensor:
+    """Where rounding may choose another sign than float64, which moves the parameter by up to 2 lr.
+
+    The momentum rounds three times a step and remembers 1 / (1 - beta2) of them; the mixture rounds thrice.
+    """
+    return mixed.abs() <= (4 / (1 - group["betas"][1]) + 4) * largest * EPSILON
+
+
+def _schedule_free(
+    group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float
+) -> float:
+    """v as AdamW's, so the ratio g/sqrt(v) is at most R and off by R (2.5 steps + 8) e; decay adds 4 e decay
+    |p|. The new y is a mean of y and z less a step, so their errors are not amplified. z rounds once a step,
+    y four times; |z| and |y| are at most 2 |p|, with p the larger. Through decay y's error returns to z, at
+    most doubling it, since steps * lr * decay < ln 2.
+    """
+    update = largest / smallest * (2.5 * steps + 8) + 4 * group["weight_decay"] * parameter
+    return 2 * (2 * group["lr"] * update + (2 + 2 * 4) * parameter)
+
+
+def _sgd(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """g' = g + decay p, |g'| <= G'; the buffer is at most G' / (1 - momentum) and each step rounds it four
     times, so it is off by 4 e G' / (1 - momentum)^2, and Nesterov adds as much once more.
     """
-    lr = group["lr"]
-    if name == "adamw":
-        update = largest / smallest * (4 / (1 - group["betas"][0]) + 2.5 * steps + 8)
-        return steps * EPSILON * (lr * update + 2 * parameter)
     decayed = largest + group["weight_decay"] * parameter
     update = 2 * 4 * decayed / (1 - group["momentum"]) ** 2
-    return 2 * steps * EPSILON * (lr * update + 2 * parameter)
+    return 2 * (group["lr"] * update + 2 * parameter)
+
+
+UPDATE_ERRORS: dict[str, Callable[[dict[str, Any], int, float, float, float], float]] = {
+    "adagrad": _adagrad,
+    "adam": _adam,
+    "adamw": _adamw,
+    "lion": _lion,
+    "schedule_free_adamw": _schedule_free,
+    "sgd": _sgd,
+}
 
 
 def gradients_for(

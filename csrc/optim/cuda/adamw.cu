@@ -4,6 +4,6 @@
 
 namespace mlsys::cuda {
 
-void adamw_step(const StepLaunch& launch) { launch_step<AdamW>(launch, "adamw_step"); }
+void adamw_step(const StepLaunch& launch) { launch_step<AdamW, AmsgradAdamW>(launch, "adamw_step"); }
 
 }  // namespace mlsys::cuda

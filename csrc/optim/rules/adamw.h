@@ -1,4 +1,5 @@
-// AdamW: Adam with decoupled weight decay. Loshchilov & Hutter 2019, algorithm 2; torch.optim.AdamW.
+// AdamW: Adam with decoupled weight decay. Loshchilov & Hutter 2019, algorithm 2; torch.optim.AdamW. AMSGrad,
+// which divides by the largest second moment so far: Reddi, Kale & Kumar 2018, algorithm 2.
 //
 // Inf and nan in a gradient flow into the moments and the parameter, as they do in torch.
 #pragma once
@@ -7,8 +8,7 @@
 
 namespace mlsys {
 
-struct AdamW {
-  static constexpr int kNumStates = 2;                            // exp_avg, exp_avg_sq
+struct AdamWHyper {
   enum Hyper { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kSign };  // kSign is -1 to maximise
 
   struct Scalars {
@@ -31,14 +31,39 @@ struct AdamW {
     return s;
   }
 
-  static MLSYS_HD void update(const Scalars& s, float grad, float& param, float* state) {
-    const float g = grad * s.grad_scale;
-    const float first = s.beta1 * state[0] + s.rest1 * g;
-    const float second = s.beta2 * state[1] + s.rest2 * g * g;
+  // `g` is the gradient that enters the moments.
+  static MLSYS_HD void advance_moments(const Scalars& s, float g, float* state) {
+    state[0] = s.beta1 * state[0] + s.rest1 * g;
+    state[1] = s.beta2 * state[1] + s.rest2 * g * g;
+  }
+
+  // A nan that is in either of the two stays.
+  static MLSYS_HD void keep_larger(float& largest, float second) {
+    largest = second > largest || second != second ? second : largest;
+  }
+
+  static MLSYS_HD float stepped(const Scalars& s, float param, float first, float second) {
     const float denominator = square_root(second) * s.inverse_bias2 + s.eps;
-    param = param * s.decay - s.step_size * (first / denominator);
-    state[0] = first;
-    state[1] = second;
+    return param * s.decay - s.step_size * (first / denominator);
+  }
+};
+
+struct AdamW : AdamWHyper {
+  static constexpr int kNumStates = 2;  // exp_avg, exp_avg_sq
+
+  static MLSYS_HD void update(const Scalars& s, float grad, float& param, float* state) {
+    advance_moments(s, grad * s.grad_scale, state);
+    param = stepped(s, param, state[0], state[1]);
+  }
+};
+
+struct AmsgradAdamW : AdamWHyper {
+  static constexpr int kNumStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+
+  static MLSYS_HD void update(const Scalars& s, float grad, float& param, float* state) {
+    advance_moments(s, grad * s.grad_scale, state);
+    keep_larger(state[2], state[1]);
+    param = stepped(s, param, state[0], state[2]);
   }
 };
 
