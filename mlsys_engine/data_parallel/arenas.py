@@ -1,8 +1,8 @@
 """A model's parameters and gradients in flat memory, laid out as the plan's buckets say.
 
-One pair of arenas for each dtype, both of the same layout; a bucket is a contiguous range of them. Parameters
-become views (the Parameter objects stay what they are), so that a collective or an optimizer segment covers a
-whole bucket, and neither copies.
+One pair of arenas for each dtype of gradients, both of the same layout; a bucket is a contiguous range of
+them. Parameters become views (the Parameter objects stay what they are), so that a collective or an optimizer
+segment covers a whole bucket, and neither copies.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BucketMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaPair:
-    """Parameters and gradients of one dtype; `slot.name` is the parameter's name."""
+    """Parameters, and gradients of one dtype; `slot.name` is the parameter's name."""
 
     parameters: FlatArena
     gradients: FlatArena
@@ -58,13 +58,15 @@ class ModelArenas:
         parameters: Mapping[str, nn.Parameter],
         allocate_gradients: Allocate | None = None,
         allocate_parameters: Allocate | None = None,
+        stored: torch.dtype | None = None,
     ) -> None:
+        """`stored` is the type that all parameters are cast to; None: that of their bucket's gradients."""
         self.pairs: dict[str, ArenaPair] = {}
         memories: dict[int, BucketMemory] = {}
         for dtype in dict.fromkeys(bucket.dtype for bucket in buckets):
             mine = {index: bucket for index, bucket in enumerate(buckets) if bucket.dtype == dtype}
             self.pairs[dtype] = _build_pair(
-                tuple(mine.values()), parameters, allocate_gradients, allocate_parameters
+                tuple(mine.values()), parameters, allocate_gradients, allocate_parameters, stored
             )
             memories |= zip(mine, _split(buckets, mine, self.pairs[dtype], parameters), strict=True)
         self.buckets = tuple(memories[index] for index in range(len(buckets)))
@@ -72,8 +74,11 @@ class ModelArenas:
         with torch.no_grad():
             for place in self.places:
                 place.data.copy_(place.parameter)
-                place.parameter.data = place.data
                 place.parameter.grad = None
+                place.parameter.data = place.data
+                if place.gradient.dtype != place.data.dtype:
+                    # Autograd then casts what it has for the parameter and adds it up in this type.
+                    place.parameter.grad_dtype = place.gradient.dtype
 
     def check_in_place(self) -> None:
         """Raises ConfigError when somebody moved a parameter out of its arena since the last step."""
@@ -88,8 +93,9 @@ class ModelArenas:
     def release(self) -> None:
         """Gives every parameter memory of its own again, and drops the gradients."""
         for place in self.places:
-            place.parameter.data = place.data.clone()
             place.parameter.grad = None
+            place.parameter.grad_dtype = place.data.dtype
+            place.parameter.data = place.data.clone()
 
 
 def _build_pair(
@@ -97,12 +103,16 @@ def _build_pair(
     parameters: Mapping[str, nn.Parameter],
     allocate_gradients: Allocate | None,
     allocate_parameters: Allocate | None,
+    stored: torch.dtype | None,
 ) -> ArenaPair:
     dtype = DTYPES[buckets[0].dtype]
-    slots = layout_slots([(slot.name, slot.shape) for bucket in buckets for slot in bucket.slots], dtype)
+    stored = stored or dtype
+    # Of the narrower type, so that every slot is aligned in both arenas.
+    aligned = min(stored, dtype, key=lambda kind: kind.itemsize)
+    slots = layout_slots([(slot.name, slot.shape) for bucket in buckets for slot in bucket.slots], aligned)
     device = parameters[slots[0].name].device
     return ArenaPair(
-        parameters=FlatArena.build(slots, dtype, allocate_parameters, device=device),
+        parameters=FlatArena.build(slots, stored, allocate_parameters, device=device),
         gradients=FlatArena.build(slots, dtype, allocate_gradients, device=device),
     )
 

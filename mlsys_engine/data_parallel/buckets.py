@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import torch
+
 from mlsys_engine.plan import Bucket, BucketSlot
-from mlsys_engine.trace import ParameterInfo, Trace
+from mlsys_engine.trace import Trace
 
 MIB = 1 << 20
 FIRST_BUCKET_MIB = 1.0  # small, so that the first reduction starts soon after backward does
@@ -20,31 +23,36 @@ class _Open:
 
 
 def layout_buckets(
-    trace: Trace, bucket_mib: float, first_bucket_mib: float = FIRST_BUCKET_MIB
+    trace: Trace,
+    bucket_mib: float,
+    first_bucket_mib: float = FIRST_BUCKET_MIB,
+    gradients: torch.dtype | None = None,
 ) -> tuple[Bucket, ...]:
     """Trainable parameters in the reverse order of their first use, cut into buckets of one dtype each.
 
     The reverse order is that in which backward finishes gradients, so buckets fill, and can be launched, one
     after the other. A bucket is closed before the parameter that would take it over the limit; a parameter
     larger than the limit gets a bucket to itself. A tied parameter appears once, where its first use puts it.
+    `gradients` is the type of all gradients where it is not that of their parameters.
     """
     first = min(first_bucket_mib, bucket_mib) * MIB
     open_by_dtype: dict[str, _Open] = {}
     closed: list[tuple[int, Bucket]] = []
     trainable = [parameter for parameter in trace.parameters_in_order() if parameter.requires_grad]
     for position, parameter in enumerate(reversed(trainable)):
-        dtype = _dtype_name(parameter)
+        kind = gradients or parameter.dtype
+        dtype, num_bytes = _name(kind), math.prod(parameter.shape) * kind.itemsize
         current = open_by_dtype.setdefault(dtype, _Open(limit=first))
-        if current.slots and current.num_bytes + parameter.num_bytes > current.limit:
+        if current.slots and current.num_bytes + num_bytes > current.limit:
             closed.append((current.last, Bucket(dtype=dtype, slots=tuple(current.slots))))
             current = open_by_dtype[dtype] = _Open(limit=bucket_mib * MIB)
         current.slots.append(BucketSlot(name=parameter.fqn, shape=parameter.shape))
-        current.num_bytes += parameter.num_bytes
+        current.num_bytes += num_bytes
         current.last = position
     closed += [(bucket.last, Bucket(dtype=dtype, slots=tuple(bucket.slots)))
                for dtype, bucket in open_by_dtype.items()]  # fmt: skip
     return tuple(bucket for _, bucket in sorted(closed, key=lambda item: item[0]))
 
 
-def _dtype_name(parameter: ParameterInfo) -> str:
-    return str(parameter.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mlsys_engine import comm
-from mlsys_engine.data_parallel import guard, invariance
+from mlsys_engine.data_parallel import guard, invariance, pure
 from mlsys_engine.data_parallel.accumulation import Accumulation, InOrder, LeafTree
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
@@ -26,7 +26,7 @@ from mlsys_engine.data_parallel.statistics import StepStatistics
 from mlsys_engine.data_parallel.update import OptimizerFactory, Update, make_optimizer, make_update
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import Allocate
-from mlsys_engine.numerics import Loss, seed_data_rank
+from mlsys_engine.numerics import PRECISION_RULES, Loss, seed_data_rank
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import DTYPES, Plan
 
@@ -67,11 +67,14 @@ def build_runner(
     if plan.numerics == "world_invariant":
         invariance.check_model(model, device)
     built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
+    stored = PRECISION_RULES[plan.precision].parameters
+    pure.check(plan.precision, model, built)
     sharded = plan.shard == "optimizer"
     if sharded:
         _check_sharded(built, group, device)
     allocate = _shared_allocator(group, device)
-    arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None)
+    arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None, stored)
+    pure.cast_frozen(model, stored)
     if group is not None:
         _broadcast_model(model, arenas, group)
     runner = _assemble(
@@ -201,7 +204,7 @@ def _accumulation(
 
 
 def _scaler(plan: Plan, given: LossScaler | None) -> LossScaler | None:
-    if plan.precision == "fp16":
+    if PRECISION_RULES[plan.precision].scales_loss:
         return given or LossScaler(init_scale=FIRST_LOSS_SCALE)
     if given is not None:
         raise ConfigError(
@@ -227,8 +230,9 @@ def _check_model(plan: Plan, model: nn.Module) -> None:
     planned = {
         slot.name: (slot.shape, DTYPES[bucket.dtype]) for bucket in plan.buckets for slot in bucket.slots
     }
+    stored = PRECISION_RULES[plan.precision].parameters
     own = {
-        name: (tuple(parameter.shape), parameter.dtype)
+        name: (tuple(parameter.shape), torch.float32 if parameter.dtype is stored else parameter.dtype)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -4,14 +4,15 @@ from mlsys_engine.numerics.call import call_model, num_samples, to_device
 from mlsys_engine.numerics.clip import GradientScale, gradient_scale
 from mlsys_engine.numerics.loss import Loss, loss_sum_and_count, shifts_labels
 from mlsys_engine.numerics.modes import numerics_mode
-from mlsys_engine.numerics.precision import AUTOCAST_DTYPES, autocast
+from mlsys_engine.numerics.precision import PRECISION_RULES, PrecisionRule, autocast
 from mlsys_engine.numerics.rng import derived_seed, seed_data_rank, seed_leaf
 from mlsys_engine.numerics.tree_sum import TreeSum
 
 __all__ = [
-    "AUTOCAST_DTYPES",
+    "PRECISION_RULES",
     "GradientScale",
     "Loss",
+    "PrecisionRule",
     "TreeSum",
     "autocast",
     "call_model",

@@ -18,7 +18,7 @@ from mlsys_engine.plan.values import Bucket, MeshAxis
 SCHEMA_VERSION = 1
 SHARD_LEVELS = ("none", "optimizer", "gradients", "parameters")
 SYNC_MODES = ("step", "async", "local")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16-pure", "fp16-pure")
 NUMERICS_MODES = ("fast", "reproducible", "world_invariant")
 Pairs = tuple[tuple[str, str], ...]  # a mapping that can be hashed; keys are unique
 

@@ -48,8 +48,8 @@ class TrainingSettings:
     """Seed of the initial weights, the order of the data and dropout."""
     strategy: str = "data_parallel"
     """Name of the parallel strategy."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16-pure", "fp16-pure"] = "fp32"
+    """Arithmetic of forward and backward; pure ones store the parameters so, too."""
     activation: str | None = "full"
     """Policy of activation checkpointing: full computes blocks again, None keeps all activations."""
     compile: bool = False

@@ -24,7 +24,7 @@ class PlanOptions:
     """What a plan is asked for besides the strategy; checked when made, before any process starts."""
 
     precision: str = "fp32"
-    """Arithmetic of forward and backward: "fp32", or "bf16" and "fp16" under autocast."""
+    """Arithmetic of forward and backward; with "-pure" the parameters are stored so, too."""
     accumulate: int = 1
     """Microbatches of one step on each rank."""
     activation: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -16,7 +17,7 @@ from mlsys_engine.data_parallel.invariance import LEAVES, check_leaves, refuse_v
 from mlsys_engine.data_parallel.partition import partition_bucket
 from mlsys_engine.data_parallel.reductions import POWERSGD_RANK, POWERSGD_START
 from mlsys_engine.errors import ConfigError, did_you_mean
-from mlsys_engine.numerics import AUTOCAST_DTYPES, Loss
+from mlsys_engine.numerics import PRECISION_RULES, Loss
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import SHARD_LEVELS, SYNC_MODES, Bucket, MeshAxis, Plan, Runner
 from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions
@@ -81,8 +82,9 @@ class DataParallel:
 
     def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
         """The buckets of the model's trainable parameters, and the options. Needs no ranks."""
-        buckets = layout_buckets(trace, self.bucket_mib)
-        self._check_precision(buckets, options.precision)
+        self._check_precision(trace, options.precision)
+        pure = PRECISION_RULES[options.precision].parameters is not None
+        buckets = layout_buckets(trace, self.bucket_mib, gradients=torch.float32 if pure else None)
         self._check_compressible(buckets)
         leaves = self._leaves(buckets, world_size, options)
         return Plan(
@@ -163,22 +165,29 @@ class DataParallel:
                 "Leave compression out, or convert the model with model.float() first.",
             )
 
-    def _check_precision(self, buckets: Sequence[Bucket], precision: str) -> None:
-        if precision not in AUTOCAST_DTYPES:
+    def _check_precision(self, trace: Trace, precision: str) -> None:
+        rule = PRECISION_RULES[precision]
+        if rule.products is None:
             return
-        others = [bucket for bucket in buckets if bucket.dtype != "float32"]
-        if others:
+        for parameter in trace.parameters_in_order():
+            if parameter.requires_grad and parameter.dtype not in (torch.float32, rule.parameters):
+                raise ConfigError(
+                    f"precision={precision!r} for a model whose parameter {parameter.fqn} is "
+                    f"{str(parameter.dtype).removeprefix('torch.')}.",
+                    "It begins from float32 parameters, and casts them itself.",
+                    'Convert the model with model.float(), or use "fp32", which runs it in its own dtype.',
+                )
+        if rule.scales_loss and self.compression is not None:
             raise ConfigError(
-                f"precision={precision!r} for a model whose parameter {others[0].slots[0].name} is "
-                f"{others[0].dtype}.",
-                "Autocast keeps float32 parameters and casts them for matrix products.",
-                'Convert the model with model.float(), or use "fp32", which runs a model in its own dtype.',
-            )
-        if precision == "fp16" and self.compression is not None:
-            raise ConfigError(
-                f'precision="fp16" with DataParallel(compression={self.compression!r}).',
+                f"precision={precision!r} with DataParallel(compression={self.compression!r}).",
                 "What compression owes to later steps is in the units of the loss scale, which changes.",
-                'Use precision="bf16", or leave compression out.',
+                f"Use precision={precision.replace('fp16', 'bf16')!r}, or leave compression out.",
+            )
+        if rule.parameters is not None and self.shard != "none":
+            raise ConfigError(
+                f"precision={precision!r} with DataParallel(shard={self.shard!r}).",
+                "Sharding steps float32 parameters, in this version.",
+                f'Use precision={precision.removesuffix("-pure")!r}, or shard="none".',
             )
 
     @staticmethod

@@ -45,13 +45,14 @@ class Trainer:
     is the number of samples of one optimizer step over all ranks, which `accumulate` cuts into microbatches.
 
     loss: `loss(output, batch)` giving a mean or `(sum, count)`; None takes the output's `.loss`. optimizer: a
-    factory called with (name, parameter) pairs. precision: "fp32", or "bf16" and "fp16" under autocast.
-    lr_schedule: a function of the step giving the factor of the learning rate, or of the optimizer giving a
-    torch scheduler. sample: a batch to plan with (the first one of the loader by default). callbacks: see
-    `trainer.events`. trackers: names or objects, used on rank 0. run_dir: where record and checkpoints go (a
-    new folder below runs/ by default). seed: of the data order and of dropout, per data rank; initialising
-    the model is the caller's. loss_scaler: instead of the one that fp16 has. noise_scale: measures the
-    gradient noise, which is logged. Raises ConfigError for settings that cannot work.
+    factory called with (name, parameter) pairs. precision: "fp32", "bf16" or "fp16" (autocast), "bf16-pure"
+    or "fp16-pure" (parameters, too). lr_schedule: a function of the step giving the factor of the learning
+    rate, or of the optimizer giving a torch scheduler. sample: a batch to plan with (the first one of the
+    loader by default). callbacks: see `trainer.events`. trackers: names or objects, used on rank 0. run_dir:
+    where record and checkpoints go (a new folder below runs/ by default). seed: of the data order and of
+    dropout, per data rank; initialising the model is the caller's. loss_scaler: instead of the one that fp16
+    has. noise_scale: measures the gradient noise, which is logged. Raises ConfigError for settings that
+    cannot work.
     """
 
     def __init__(

@@ -27,12 +27,14 @@ class Scales:
 
 
 def _train(
-    rank: int, world_size: int, run_dir: str, shard: str, leg: tuple[int, int]
+    rank: int, world_size: int, run_dir: str, kind: tuple[str, str], leg: tuple[int, int]
 ) -> tuple[dict[int, float], dict[int, float], list[float]]:
     """Losses and loss scales by step, and the final weights. The scale soon grows too large, and again.
 
-    A leg is the seed of the initial weights and the step to go on to.
+    A kind is a precision and what is sharded; a leg is the seed of the initial weights and the step to go on
+    to.
     """
+    precision, shard = kind
     model_seed, max_steps = leg
     losses, scales = Losses(), Scales()
     model = workloads.make_model(seed=model_seed)
@@ -41,7 +43,7 @@ def _train(
         losses,
         scales,
         model=model,
-        precision="fp16",
+        precision=precision,
         strategy=strategies.DataParallel(shard=shard, bucket_mib=1e-4),
         loss_scaler=optim.LossScaler(init_scale=2.0**13, growth_factor=4.0, growth_interval=2),
         lr_schedule=optim.schedules.Cosine(total_steps=TOTAL_STEPS, warmup_steps=3),
@@ -54,18 +56,24 @@ def _train(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "shard"),
-    [pytest.param(1, "none", marks=pytest.mark.slow), (2, "none"), (2, "optimizer")],
+    ("world_size", "kind"),
+    [
+        pytest.param(1, ("fp16", "none"), marks=pytest.mark.slow),
+        (2, ("fp16", "none")),
+        (2, ("fp16", "optimizer")),
+        pytest.param(1, ("fp16-pure", "none"), marks=pytest.mark.slow),
+        (2, ("fp16-pure", "none")),
+    ],
 )
 def test_a_resumed_fp16_training_equals_the_one_never_stopped(
-    tmp_path: Path, run_ranks: Any, world_size: int, shard: str
+    tmp_path: Path, run_ranks: Any, world_size: int, kind: tuple[str, str]
 ) -> None:
-    whole = run_ranks(_train, world_size, str(tmp_path / "whole"), shard, (0, TOTAL_STEPS))
+    whole = run_ranks(_train, world_size, str(tmp_path / "whole"), kind, (0, TOTAL_STEPS))
     losses: dict[int, float] = {}
     scales: dict[int, float] = {}
     # Another initialisation each time: what matters must come from the checkpoint.
     for leg in ((0, 7), (1, TOTAL_STEPS)):
-        parts = run_ranks(_train, world_size, str(tmp_path / "parts"), shard, leg)
+        parts = run_ranks(_train, world_size, str(tmp_path / "parts"), kind, leg)
         assert parts == [parts[0]] * world_size
         losses |= parts[0][0]
         scales |= parts[0][1]
@@ -101,7 +109,7 @@ def test_a_resumed_training_goes_on_averaging_the_noise_scale(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16-pure", "fp16-pure"])
 def test_half_precision_reaches_the_losses_of_single_precision(tmp_path: Path, precision: str) -> None:
     results = {}
     for name in ("fp32", precision):
