@@ -11,7 +11,7 @@ from torch import Tensor
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim.formats import ZERO_GRAD
 from mlsys_engine.optim.kernels import is_native, step_operator
-from mlsys_engine.optim.operands import DeviceLaunch, SentTable, device_hyper, hyper_table
+from mlsys_engine.optim.operands import DeviceLaunch, SentTable, read_hyper
 from mlsys_engine.optim.segments import FORMAT_COLUMN, ArenaSegments, LooseSegments, Row, Segments
 
 if TYPE_CHECKING:
@@ -57,15 +57,15 @@ class CpuStep:
     def run(
         self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
     ) -> None:
-        if bool(skip):
-            return
+        if not bool(skip):
+            self.launch(optimizer, read_hyper(optimizer), float(grad_scale), zero_grad)
+
+    def launch(self, optimizer: NativeOptimizer, hyper: Tensor, grad_scale: float, zero_grad: bool) -> None:
+        """The step with hyper-parameter rows that the caller has read."""
         self.advance(1.0)
         self.prepare()
-        hyper = hyper_table(optimizer)
-        for row, column, value in device_hyper(optimizer):
-            hyper[row, column] = float(value)
         table = zeroing(self.segments.table) if zero_grad else self.segments.table
-        step_operator(optimizer.rule)(table, hyper, self.advance.counts, float(grad_scale))
+        step_operator(optimizer.rule)(table, hyper, self.advance.counts, grad_scale)
         self.finish()
 
     def prepare(self) -> None:
@@ -157,14 +157,16 @@ class StepAdvance:
     def __init__(self, optimizer: NativeOptimizer, rows: Sequence[Row]) -> None:
         assert optimizer._steps is not None
         self.counts = optimizer._steps.on(rows[0].parameter.device)
-        everyone = len(rows) == len(self.counts)
-        self._index = (
-            None if everyone else torch.tensor([row.step_index for row in rows], device=self.counts.device)
-        )
+        self._index: Tensor | None = None
+        self._view = self.counts  # of those to advance, when a view can be had
+        if len(rows) == 1:
+            self._view = self.counts[rows[0].step_index]
+        elif len(rows) != len(self.counts):
+            self._index = torch.tensor([row.step_index for row in rows], device=self.counts.device)
 
     def __call__(self, amount: float | Tensor) -> None:
         if self._index is None:
-            self.counts += amount
+            self._view += amount
         else:
             self.counts[self._index] += amount
 

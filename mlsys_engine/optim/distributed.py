@@ -43,6 +43,19 @@ def local(tensor: Tensor) -> Tensor:
     return shard if wait is None else wait()
 
 
+def first_element(tensor: Any) -> int:
+    """Where in the whole tensor this rank's shard begins, in elements; random numbers are counted by it.
+
+    Shards of the first dimension are stretches of the whole, and so draw what it would.
+    """
+    if not is_sharded(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(offset * stride for offset, stride in zip(offsets, tensor.stride(), strict=True))
+
+
 def local_gradient(parameter: Tensor, gradient: Tensor, name_of: Callable[[Tensor], str]) -> Tensor:
     """This rank's shard of a gradient, which must be laid out as its parameter."""
     if not is_sharded(parameter) and not is_sharded(gradient):

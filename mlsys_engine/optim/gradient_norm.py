@@ -27,7 +27,8 @@ class GradientNorm:
 
     def of(self, parameter: Tensor) -> Tensor:
         """The sum of squares of one gradient that was added, over all its shards; 0-d float64."""
-        return global_sum({layout_of(parameter): _sum([self._terms[parameter]])})
+        layout, own = layout_of(parameter), sum_of_terms(self._terms[parameter])
+        return own if layout is None else global_sum({layout: own})
 
     def sum_of_squares(self, params: Sequence[Tensor]) -> Tensor:
         """The sum over all gradients in the order of `params`, the same on all ranks; 0-d float64."""

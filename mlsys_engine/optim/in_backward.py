@@ -6,6 +6,7 @@ two ways to clip by the global norm, which is known only when the last gradient 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +20,7 @@ from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.optim.checks import check_range
 from mlsys_engine.optim.gradient_norm import GradientNorm
 from mlsys_engine.optim.norms import clip_scale
+from mlsys_engine.optim.operands import read_hyper
 from mlsys_engine.optim.parameter_step import ParameterStep
 from mlsys_engine.optim.plan import same, shape_of_groups
 
@@ -82,6 +84,7 @@ class StepInBackward:
         self._lock = threading.Lock()
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._steps: dict[Tensor, ParameterStep] = {}
+        self._hyper: Tensor | None = None  # of this backward
         self._params: list[Tensor] = []
         self._shape: Any = None
         self._positions: dict[Tensor, int] = {}
@@ -187,6 +190,7 @@ class StepInBackward:
             self._num_backwards += 1
         self._is_last = last or self._num_backwards >= self._accumulate
         self._done.clear()
+        self._hyper = None
         if not self._is_last:
             return
         self._refresh()
@@ -205,9 +209,10 @@ class StepInBackward:
         if self._norm is not None:
             self._norm.add(parameter, gradient)
             if self._updates:
-                skip = ~self._norm.of(parameter).isfinite()
+                own = self._norm.of(parameter)
+                skip = not math.isfinite(own) if own.device.type == "cpu" else ~own.isfinite()
         if self._updates:
-            self._ready(parameter)(gradient, self._scale, skip)
+            self._ready(parameter)(gradient, self._read_hyper, self._scale, skip)
         parameter.grad = None
         self._done.add(parameter)
 
@@ -243,6 +248,11 @@ class StepInBackward:
             ready = ParameterStep(self._optimizer, self._params, self._positions[parameter])
             self._steps[parameter] = ready
         return ready
+
+    def _read_hyper(self) -> Tensor:
+        if self._hyper is None:
+            self._hyper = read_hyper(self._optimizer)
+        return self._hyper
 
     def _refresh(self) -> None:
         """Follows edits of the groups: parameters that came, left, moved, or began to require gradients."""

@@ -83,6 +83,14 @@ def hyper_table(optimizer: NativeOptimizer) -> Tensor:
     return table
 
 
+def read_hyper(optimizer: NativeOptimizer) -> Tensor:
+    """hyper_table with the values of those on a device, which are waited for."""
+    table = hyper_table(optimizer)
+    for row, column, value in device_hyper(optimizer):
+        table[row, column] = float(value)
+    return table
+
+
 def device_hyper(optimizer: NativeOptimizer) -> list[tuple[int, int, Tensor]]:
     """(row, column, value) of the hyper-parameters that live on a device and must not be waited for."""
     return [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mlsys_engine.optim import distributed
-from mlsys_engine.optim.device_steps import make_device_step
+from mlsys_engine.optim.device_steps import CpuStep, make_device_step
 from mlsys_engine.optim.state import ensure_state
 
 if TYPE_CHECKING:
@@ -44,10 +44,19 @@ class ParameterStep:
             )
         )
 
-    def __call__(self, gradient: Tensor, grad_scale: float | Tensor, skip: bool | Tensor) -> None:
-        """Steps the parameter by `gradient`, which must stay alive during the call."""
+    def __call__(
+        self,
+        gradient: Tensor,
+        hyper: Callable[[], Tensor],
+        grad_scale: float | Tensor,
+        skip: bool | Tensor,
+    ) -> None:
+        """Steps the parameter by `gradient`; `hyper` gives what read_hyper does, for the CPU."""
         if self._is_shard:
             gradient = distributed.local_gradient(self._parameter, gradient, self._optimizer.name_of)
             torch.autograd.graph.increment_version(self._parameter)
         self._part.bind([gradient])
-        self._part.run(self._optimizer, grad_scale, skip, zero_grad=False)
+        if not isinstance(self._part, CpuStep):
+            self._part.run(self._optimizer, grad_scale, skip, zero_grad=False)
+        elif not bool(skip):
+            self._part.launch(self._optimizer, hyper(), float(grad_scale), zero_grad=False)

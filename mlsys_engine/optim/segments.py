@@ -46,6 +46,7 @@ class Row:
     master: Tensor | None
     ema: Tensor | None
     key: int  # of its random numbers
+    first_element: int = 0  # of a shard, in the whole parameter
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -74,6 +75,7 @@ class LooseSegments:
         self._strides = list(map(Tensor.stride, self._flat))
         self._grad_dtypes = [torch.float32] * len(rows)
         self.table = torch.zeros(len(rows), SEGMENT_COLUMNS, dtype=torch.int64)
+        self._gradients = self.table.numpy()[:, GRAD_COLUMN]  # numpy's writes cost a tenth of torch's
         self._watched = [tensor for row in rows for tensor in row.tensors]
         self._addresses = list(map(Tensor.data_ptr, self._watched))
         fill_column(self.table, PARAM_COLUMN, self._flat)
@@ -85,6 +87,7 @@ class LooseSegments:
         self._codes = torch.tensor([row.form.code for row in rows], dtype=torch.int64)
         self.table[:, FORMAT_COLUMN] = self._codes
         self.table[:, KEY_COLUMN] = torch.tensor([row.key for row in rows], dtype=torch.int64)
+        self.table[:, FIRST_ELEMENT_COLUMN] = torch.tensor([row.first_element for row in rows])
         self.table[:, TENSOR_COLUMN] = torch.arange(len(rows))
         fill_lengths(
             self.table,
@@ -107,7 +110,7 @@ class LooseSegments:
             self._grad_dtypes = [gradient.dtype for gradient in gradients]
             stored = torch.tensor([int(STORED[dtype]) for dtype in self._grad_dtypes], dtype=torch.int64)
             self.table[:, FORMAT_COLUMN] = self._codes | (stored << GRAD_SHIFT)
-        self.table[:, GRAD_COLUMN] = torch.tensor(list(map(Tensor.data_ptr, gradients)))
+        self._gradients[:] = list(map(Tensor.data_ptr, gradients))
 
     def _all_match(self, gradients: list[Tensor]) -> bool:
         # Complete, though cheap: torch itself holds a gradient to its parameter's shape and device. One pass,

@@ -104,6 +104,7 @@ def ensure_state(optimizer: NativeOptimizer, params: Sequence[Tensor], positions
             master=own.get(MASTER_KEY[form.master]) if form.master else None,
             ema=own.get(EMA_KEY),
             key=_key(names.get(params[i], str(i)), optimizer.param_groups[group_of[i]], form),
+            first_element=distributed.first_element(params[i]),
         )
         for i, home, own, step, form in zip(positions, homes, shards, steps, forms, strict=True)
     ]
