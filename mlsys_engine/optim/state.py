@@ -73,7 +73,9 @@ def ensure_state(optimizer: NativeOptimizer, params: Sequence[Tensor], positions
     for position, state, is_counted in zip(positions, states, counted, strict=True):
         view = counts.view(params[position].device, position)
         current = before[params[position].device][position]
-        steps.append(_made_steps(is_counted, state, view, needs[group_of[position]], current))
+        made = _made_steps if optimizer.counts_steps else _made_random_steps
+        own = needs[group_of[position]]
+        steps.append((made if is_counted else _has_stepped)(state, view, own, current))
         if steps[-1] != current:
             view.fill_(steps[-1])
         if is_counted:
@@ -114,13 +116,23 @@ def _key(name: str, group: dict[str, Any], form: Form) -> int:
     return random_key(name, group["seed"]) if form.is_random else 0
 
 
-def _made_steps(
-    is_counted: bool, state: dict[str, Any], view: Tensor, names: Sequence[str], current: float
-) -> float:
+def _has_stepped(state: dict[str, Any], view: Tensor, names: Sequence[str], current: float) -> float:
+    """For rules without a count only "was there a step before" matters, and the moments tell.
+
+    As in torch, none or None means no.
+    """
+    return max(current, 1.0) if any(state.get(name) is not None for name in names) else 0.0
+
+
+def _made_random_steps(state: dict[str, Any], view: Tensor, names: Sequence[str], current: float) -> float:
+    """As _made_steps, of a rule that counts for its random numbers alone: elsewhere it saves no count."""
+    if state.get("step") is None:
+        return _has_stepped(state, view, names, current)
+    return _made_steps(state, view, names, current)
+
+
+def _made_steps(state: dict[str, Any], view: Tensor, names: Sequence[str], current: float) -> float:
     """How many steps this parameter has made: by its own state, which may be new, loaded, or edited."""
-    if not is_counted:
-        # Only "was there a step before" matters, and the moments tell: as in torch, none or None means no.
-        return max(current, 1.0) if any(state.get(name) is not None for name in names) else 0.0
     saved = state.get("step")
     if saved is view:
         return current
