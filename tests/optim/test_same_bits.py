@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import torch
 from mlsys_engine.optim import OPTIMIZERS
 from mlsys_engine.optim.kernels import operators
 from tests.optim import arenas
-from tests.optim.variants import VARIANTS, make
+from tests.optim.variants import VARIANTS, gradients_for, make
 from tests.support.ranks import run_ranks
 
 # Odd lengths, so that every vector width has a remainder; long enough for two threads to share one tensor.
 SHAPES = ((100_003,), (31,), (7, 9), (65_537,))
+NARROW = ({"moments": "int8"}, {"moments": "bf16", "master": None}, {"master": "fp32", "ema": 0.9})
 
 
 def run_everything(rank: int, world_size: int, threads: int) -> dict[str, object]:
@@ -37,7 +39,25 @@ def run_everything(rank: int, world_size: int, threads: int) -> dict[str, object
                     norm.item(),
                     [member.detach().clone().numpy().tobytes() for member in members],
                 )
+        for narrow in NARROW:
+            results[f"{name} {narrow}"] = run_narrow(name, narrow)
     return results
+
+
+def run_narrow(name: str, options: dict[str, Any]) -> list[bytes]:
+    """Parameters and state of every stored form after three steps."""
+    dtype = torch.float16 if options.get("master") == "fp32" else torch.bfloat16
+    values = torch.randn(20_011, generator=torch.Generator().manual_seed(1))
+    parameter = torch.nn.Parameter(values.to(dtype))
+    optimizer = make(name, [parameter], {**VARIANTS[name][-1], **options})
+    norms = []
+    for gradient in gradients_for((20_011,), 3, seed=2):
+        parameter.grad = gradient.to(dtype)
+        norms.append(optimizer.sum_of_squares())
+        optimizer.step_scaled(grad_scale=1 / norms[-1].sqrt())
+    state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    members = [tensor.detach().clone().view(-1).view(torch.uint8) for tensor in (parameter, *norms, *state)]
+    return [member.numpy().tobytes() for member in members]
 
 
 def numbers(threads: int, simd: str = "") -> dict[str, object]:
