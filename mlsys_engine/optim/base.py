@@ -176,6 +176,7 @@ class NativeOptimizer(torch.optim.Optimizer):
         self._adopted = (*self._adopted, arena)
         self._plan = None
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def sum_of_squares(self) -> Tensor:
         """The sum of squares of all present gradients, a float64 tensor without dimensions.
@@ -188,6 +189,7 @@ class NativeOptimizer(torch.optim.Optimizer):
 
     # ---- the step
 
+    @torch._disable_dynamo  # a compiled training step breaks here: addresses are read anew at every step
     @torch.no_grad()
     def _advance(self, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool = False) -> None:
         if not isinstance(skip, Tensor) or skip.device.type == "cpu":

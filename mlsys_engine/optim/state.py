@@ -74,8 +74,8 @@ def ensure_state(optimizer: NativeOptimizer, params: Sequence[Tensor], positions
         view = counts.view(params[position].device, position)
         current = before[params[position].device][position]
         made = _made_steps if optimizer.counts_steps else _made_random_steps
-        own = needs[group_of[position]]
-        steps.append((made if is_counted else _has_stepped)(state, view, own, current))
+        moments = needs[group_of[position]]
+        steps.append((made if is_counted else _has_stepped)(state, view, moments, current))
         if steps[-1] != current:
             view.fill_(steps[-1])
         if is_counted:
