@@ -181,7 +181,7 @@ def global_sum(sums: dict[ShardLayout | None, Tensor]) -> Tensor:
         values = torch.stack([sums[layout].to(device) for layout in layouts])
         for dim in sorted({dim for layout in layouts for dim in layout.dims}):
             gathered = torch.empty(mesh.size(dim), len(layouts), dtype=torch.float64, device=device)
-            dist.all_gather_into_tensor(gathered.view(-1), values, group=mesh.get_group(dim))
+            dist.all_gather(list(gathered.unbind()), values, group=mesh.get_group(dim))
             cut = torch.tensor([dim in layout.dims for layout in layouts], device=device)
             values = torch.where(cut, gathered.sum(0), values)
         total = total.to(device) + values.sum()
@@ -224,4 +224,6 @@ def _same_layout(parameter: Any, other: Any) -> bool:
 
 
 def _holds(stored: Any, shard: Tensor) -> bool:
-    return is_sharded(stored) and stored.to_local().data_ptr() == shard.data_ptr()
+    if not is_sharded(stored) or stored.dtype is not shard.dtype:  # all empty shards have one address
+        return False
+    return bool(stored.to_local().data_ptr() == shard.data_ptr())

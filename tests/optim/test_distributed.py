@@ -95,7 +95,7 @@ def _clips_as_torch(rank: int, world_size: int, backend: str) -> None:
                 assert mine[key].shape == other[key].shape
 
 
-@pytest.mark.parametrize("backend", ["mlsys", "gloo"])
+@pytest.mark.parametrize("backend", ["mlsys", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_clipped_steps_of_an_fsdp2_model_equal_torchs(run_ranks: Any, backend: str) -> None:
     run_ranks(_clips_as_torch, 2, backend, init=backend == "mlsys")
 
@@ -145,6 +145,45 @@ def _shards_step_as_the_whole(rank: int, world_size: int) -> None:
 
 def test_shards_step_in_place_with_the_bits_of_the_whole(run_ranks: Any) -> None:
     run_ranks(_shards_step_as_the_whole, 2)
+
+
+def _narrow_shards_step_as_the_whole(rank: int, world_size: int) -> None:
+    line = init_device_mesh("cpu", (world_size,))
+    # Rows of 64 elements, so that eight-bit blocks end where shards do; the last leaves a rank empty.
+    shapes = ((6, 64), (5, 64), (1, 64))
+    for master, moments in (("split", "fp32"), ("fp32", "bf16"), (None, "bf16"), ("split", "int8")):
+        options: dict[str, Any] = {"lr": 0.05, "master": master, "moments": moments, "ema": 0.9}
+        generator = torch.Generator().manual_seed(5)
+        whole = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in shapes]
+        shards = [nn.Parameter(distribute_tensor(p.detach().clone(), line, [Shard(0)])) for p in whole]
+        both, alone = AdamW(shards, **options), AdamW(whole, **options)
+        for step in range(4):
+            for number, (a, b) in enumerate(zip(shards, whole, strict=True)):
+                b.grad = gradients_for(tuple(b.shape), 1, seed=100 * step + number)[0].bfloat16()
+                a.grad = distribute_tensor(b.grad, line, [Shard(0)])
+            assert abs(both.sum_of_squares() - alone.sum_of_squares()) <= 1e-12 * alone.sum_of_squares()
+            both.step()
+            alone.step()
+            if step == 1:  # through a saved state, which has float32 DTensors
+                saved = both.state_dict()
+                saved["state"] = {
+                    key: {item: value.clone() for item, value in state.items()}
+                    for key, state in saved["state"].items()
+                }
+                both.load_state_dict(saved)
+        for a, b in zip(shards, whole, strict=True):
+            assert torch.equal(a.full_tensor(), b), (master, moments)
+        left, right = both.state_dict()["state"], alone.state_dict()["state"]
+        for key, state in left.items():
+            assert state.keys() == right[key].keys()
+            for item, value in state.items():
+                held = value.full_tensor() if hasattr(value, "to_local") else value
+                assert held.dtype is torch.float32
+                assert torch.equal(held, right[key][item]), (master, moments, item)
+
+
+def test_shards_in_narrow_forms_draw_and_round_as_the_whole(run_ranks: Any) -> None:
+    run_ranks(_narrow_shards_step_as_the_whole, 2)
 
 
 # ---- norms on two-dimensional meshes
@@ -240,7 +279,7 @@ def _loads(rank: int, world_size: int, folder: str) -> list[list[Any]]:
     return results
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_checkpoint_of_two_ranks_continues_with_the_same_bits_at_another_world_size(
     run_ranks: Any, tmp_path: Path, world_size: int
 ) -> None:
