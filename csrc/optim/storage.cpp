@@ -1,6 +1,7 @@
 #include "optim/storage.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "core/simd_dispatch.h"
 
@@ -72,20 +73,36 @@ struct StoreByChance {
   }
 };
 
+// Calls body(first, count) for each code block; a constant count where it is whole, which is what loops of
+// four vectors need to be straight code.
+template <class Body>
+MLSYS_INLINE void each_code_block(int64_t count, Body body) {
+  int64_t first = 0;
+  for (; first + kCodeBlock <= count; first += kCodeBlock) {
+    body(first, std::integral_constant<int64_t, kCodeBlock>{});
+  }
+  if (first < count) body(first, count - first);
+}
+
 struct LoadCodes {
   bool has_sign;
 
   MLSYS_INLINE void operator()(const uint8_t* __restrict codes, const uint8_t* __restrict scales,
                                float* __restrict to, int64_t count) const {
-    for (int64_t block = 0; block < count; block += kCodeBlock) {
-      const float scale = scale_of(scales[block / kCodeBlock]);
-      const int64_t end = block + kCodeBlock < count ? block + kCodeBlock : count;
-      if (has_sign) {
-        for (int64_t i = block; i < end; ++i) to[i] = from_signed_code(codes[i], scale);
-      } else {
-        for (int64_t i = block; i < end; ++i) to[i] = from_unsigned_code(codes[i], scale);
+    has_sign ? run<true>(codes, scales, to, count) : run<false>(codes, scales, to, count);
+  }
+
+ private:
+  template <bool kHasSign>
+  static MLSYS_INLINE void run(const uint8_t* __restrict codes, const uint8_t* __restrict scales,
+                               float* __restrict to, int64_t count) {
+    each_code_block(count, [=](int64_t first, auto length) __attribute__((always_inline)) {
+      const float scale = scale_of(scales[first / kCodeBlock]);
+      for (int64_t i = 0; i < length; ++i) {
+        to[first + i] = kHasSign ? from_signed_code(codes[first + i], scale)
+                                 : from_unsigned_code(codes[first + i], scale);
       }
-    }
+    });
   }
 };
 
@@ -94,26 +111,29 @@ struct StoreCodes {
 
   MLSYS_INLINE void operator()(const float* __restrict from, const uint32_t* __restrict draws, int shift,
                                uint8_t* __restrict codes, uint8_t* __restrict scales, int64_t count) const {
-    for (int64_t block = 0; block < count; block += kCodeBlock) {
-      const int64_t end = block + kCodeBlock < count ? block + kCodeBlock : count;
+    has_sign ? run<true>(from, draws, shift, codes, scales, count)
+             : run<false>(from, draws, shift, codes, scales, count);
+  }
+
+ private:
+  template <bool kHasSign>
+  static MLSYS_INLINE void run(const float* __restrict from, const uint32_t* __restrict draws, int shift,
+                               uint8_t* __restrict codes, uint8_t* __restrict scales, int64_t count) {
+    each_code_block(count, [=](int64_t first, auto length) __attribute__((always_inline)) {
       uint32_t largest = 0;
-      for (int64_t i = block; i < end; ++i) {
-        const uint32_t magnitude = bits_of(from[i]) & 0x7fffffffu;
+      for (int64_t i = 0; i < length; ++i) {
+        const uint32_t magnitude = bits_of(from[first + i]) & 0x7fffffffu;
         largest = magnitude > largest ? magnitude : largest;
       }
       const uint8_t scale = scale_for(largest);
       const float inverse = inverse_scale_of(scale);
-      scales[block / kCodeBlock] = scale;
-      if (has_sign) {
-        for (int64_t i = block; i < end; ++i) {
-          codes[i] = to_signed_code(from[i], inverse, draws[i] >> shift & 0xffffu);
-        }
-      } else {
-        for (int64_t i = block; i < end; ++i) {
-          codes[i] = to_unsigned_code(from[i], inverse, draws[i] >> shift & 0xffffu);
-        }
+      scales[first / kCodeBlock] = scale;
+      for (int64_t i = 0; i < length; ++i) {
+        const uint32_t random = draws[first + i] >> shift & 0xffffu;
+        codes[first + i] = kHasSign ? to_signed_code(from[first + i], inverse, random)
+                                    : to_unsigned_code(from[first + i], inverse, random);
       }
-    }
+    });
   }
 };
 
