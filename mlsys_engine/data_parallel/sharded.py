@@ -32,6 +32,7 @@ def check_shardable(optimizer: torch.optim.Optimizer) -> NativeOptimizer:
     kind = type(optimizer)
     if isinstance(optimizer, NativeOptimizer):
         if optimizer.shardable:
+            _check_plain(optimizer)
             return optimizer
         raise ConfigError(
             f'DataParallel(shard="optimizer") with {kind.__name__}.',
@@ -43,6 +44,18 @@ def check_shardable(optimizer: torch.optim.Optimizer) -> NativeOptimizer:
         "Sharding needs the engine's own optimizers, whose rules step any part of a parameter by itself.",
         'Use mls.optim.AdamW or mls.optim.SGD, or shard="none".',
     )
+
+
+def _check_plain(optimizer: NativeOptimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.form_of(parameter, group).is_plain:
+                raise ConfigError(
+                    f'DataParallel(shard="optimizer") with {optimizer.name_of(parameter)} in '
+                    f"{parameter.dtype}, moments={group['moments']!r} and ema={group['ema']!r}.",
+                    "The shards of a flat arena are float32, parameters and moments, and have no average.",
+                    'Leave these out with float32 parameters, or use shard="none".',
+                )
 
 
 def check_steppable(device: torch.device) -> None:

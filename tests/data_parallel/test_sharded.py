@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,6 +163,13 @@ def test_another_optimizer_is_refused_with_the_way_out(run_ranks):
 def test_a_rule_that_needs_more_than_parts_of_parameters_is_refused_with_the_way_out():
     optimizer = optim.ScheduleFreeAdamW(mlp().parameters())
     with pytest.raises(ConfigError, match=r'with ScheduleFreeAdamW.*shard="none" with ScheduleFreeAdamW'):
+        check_shardable(optimizer)
+
+
+@pytest.mark.parametrize("narrow", [{"moments": "int8"}, {"ema": 0.9}])
+def test_narrow_moments_and_averages_are_refused_with_a_sharded_optimizer(narrow: dict[str, Any]) -> None:
+    optimizer = optim.AdamW([("weight", torch.nn.Parameter(torch.ones(3)))], **narrow)
+    with pytest.raises(ConfigError, match=r'weight in torch\.float32[\s\S]*shard="none"'):
         check_shardable(optimizer)
 
 
