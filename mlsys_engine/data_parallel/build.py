@@ -30,8 +30,8 @@ from mlsys_engine.numerics import PRECISION_RULES, Loss, seed_data_rank
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import DTYPES, Plan
 
-# The loss that is scaled is a sum over what counts, not a mean: torch's 2**16 divided by a count of 256.
-FIRST_LOSS_SCALE = 2.0**8
+# The loss that is scaled is a sum over what counts, not a mean: torch's 2**16 for a mean over 4096 tokens.
+FIRST_LOSS_SCALE = 2.0**4
 
 
 def build_runner(

@@ -70,7 +70,7 @@ class LossScaler:
         return loss * self.current(loss.device) if self.enabled else loss
 
     def current(self, device: torch.device | str) -> Tensor:
-        """The present scale, a 0-d float32 tensor on `device` that later updates leave alone."""
+        """The present scale, a 0-d float32 tensor on `device`; `update` writes into it."""
         if not self.enabled:
             return torch.ones((), device=device)
         if self._scale is None:
@@ -94,14 +94,14 @@ class LossScaler:
                 "It is a positive norm, or None.",
                 "Leave it out to not clip.",
             )
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         native = optimizer if isinstance(optimizer, _ScalesWhileStepping) else None
-        squares = sum_of_squares(grads) if native is None else native.sum_of_squares()
+        grads = [] if native else _gradients(optimizer)
+        squares = native.sum_of_squares() if native else sum_of_squares(grads)
         factor = gradient_scale(squares, self.current(squares.device).to(torch.float64), max_grad_norm)
         if self.enabled:
             self.observe(~torch.isfinite(squares))
         skip = factor.skip if self.enabled else torch.zeros_like(factor.skip)
-        if native is not None:
+        if native:
             native.step_scaled(grad_scale=factor.scale, skip=skip)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
             _step_fused(optimizer, factor, skip)
@@ -126,15 +126,16 @@ class LossScaler:
                 "Call scaler.step(optimizer) first.",
             )
         scale, found_inf = self.current(self._found_inf.device), self._found_inf
-        assert self._good_steps is not None
+        assert self._scale is not None and self._good_steps is not None
         good_steps = self._good_steps.to(scale.device) + 1
         # Multiplied in double and rounded once, as torch does it.
         grown = (scale.double() * self.growth_factor).float()
         lowered = (scale.double() * self.backoff_factor).float()
         grows = good_steps >= self.growth_interval
         larger = torch.where(grows & torch.isfinite(grown), grown, scale)
-        self._scale = torch.where(found_inf, lowered, larger)
-        self._good_steps = torch.where(found_inf | grows, torch.zeros_like(good_steps), good_steps)
+        # In place, so that a captured graph finds its own results when it is replayed.
+        self._scale.copy_(torch.where(found_inf, lowered, larger))
+        self._good_steps.copy_(torch.where(found_inf | grows, torch.zeros_like(good_steps), good_steps))
         self._found_inf = None
 
     def get_scale(self) -> float:
@@ -170,6 +171,11 @@ class LossScaler:
         self.growth_interval = state["growth_interval"]
         self._start = (scale, good_steps)
         self._scale = self._good_steps = self._found_inf = None
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter.grad for parameter in params if parameter.grad is not None]
 
 
 def _step_fused(optimizer: torch.optim.Optimizer, factor: GradientScale, skip: Tensor) -> None:

@@ -78,10 +78,11 @@ class GradientNoiseScale:
         squared_norm = (big_batch * big_squared - small_batch * small_squared) / (big_batch - small_batch)
         trace = (small_squared - big_squared) / (1 / small_batch - 1 / big_batch)
         new = torch.stack([squared_norm, trace, torch.ones_like(trace)])
-        sums = self._sums.to(device)
+        self._sums = sums = self._sums.to(device)
         averaged = self.decay * sums[:3] + (1 - self.decay) * new
         counts = torch.isfinite(new).all() & (big_batch > small_batch)
-        self._sums = torch.where(counts, torch.cat([averaged, big_batch[None]]), sums)
+        # In place, so that a captured graph finds its own results when it is replayed.
+        sums.copy_(torch.where(counts, torch.cat([averaged, big_batch[None]]), sums))
 
     def value(self) -> Tensor:
         """The noise scale as a 0-d float64 tensor, which is not waited for; as `noise_scale` has it."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mlsys_engine import optim, strategies
+from mlsys_engine.data_parallel.build import FIRST_LOSS_SCALE
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.models import GPT, GPTConfig
 from mlsys_engine.strategies import DataParallel
@@ -65,7 +66,7 @@ def test_the_steps_are_those_of_narrow_gradients_added_in_float32(precision):
     by_hand, model = mlp().to(dtype), mlp()
     runner = alone(model, optimizer=ADAMW, precision=precision)
     optimizer = optim.AdamW(by_hand.named_parameters(), lr=0.01, weight_decay=0.1)
-    scale = 256.0 if precision == "fp16-pure" else 1.0
+    scale = FIRST_LOSS_SCALE if precision == "fp16-pure" else 1.0
     for parameter in by_hand.parameters():
         parameter.grad_dtype = torch.float32
     for step in range(5):

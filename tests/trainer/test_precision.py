@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mlsys_engine import optim, strategies, tracking
+from mlsys_engine.data_parallel.build import FIRST_LOSS_SCALE
 from tests.trainer import workloads
 from tests.trainer.workloads import Losses, make_loader, make_trainer
 
@@ -59,7 +60,7 @@ def _train(
     ("world_size", "kind"),
     [
         pytest.param(1, ("fp16", "none"), marks=pytest.mark.slow),
-        (2, ("fp16", "none")),
+        pytest.param(2, ("fp16", "none"), marks=pytest.mark.slow),
         (2, ("fp16", "optimizer")),
         pytest.param(1, ("fp16-pure", "none"), marks=pytest.mark.slow),
         (2, ("fp16-pure", "none")),
@@ -91,7 +92,7 @@ def test_the_loss_scale_and_the_noise_scale_are_logged(tmp_path: Path) -> None:
     trainer.fit(make_loader(), max_steps=5)
     run = tracking.read_run(tmp_path)
     rows = [row for row in run.read_metrics().rows if "loss" in row]
-    assert [row["loss_scale"] for row in rows] == [256.0] * 5
+    assert [row["loss_scale"] for row in rows] == [FIRST_LOSS_SCALE] * 5
     assert [row["step"] for row in rows if "noise_scale" in row] == [1, 3, 5]
     assert rows[-1]["noise_scale"] == meter.noise_scale
     assert "GradientNoiseScale(decay=0.99, every=2)" in (tmp_path / "run.json").read_text()
@@ -120,3 +121,34 @@ def test_half_precision_reaches_the_losses_of_single_precision(tmp_path: Path, p
         results[name] = trainer.fit(loader, max_steps=40, eval_loader=loader).metrics["val_loss"]
     # bf16 keeps 8 bits: each product is off by up to 0.4%, independently of the others.
     assert results[precision] == pytest.approx(results["fp32"], rel=0.01)
+
+
+def _train_invariant(rank: int, world_size: int, run_dir: str, max_steps: int) -> tuple[Any, Any]:
+    losses, scales = Losses(), Scales()
+    trainer = make_trainer(
+        run_dir,
+        losses,
+        scales,
+        precision="fp16",
+        numerics="world_invariant",
+        loss_scaler=optim.LossScaler(init_scale=2.0**13, growth_factor=4.0, growth_interval=2),
+        max_grad_norm=0.5,
+        seed=3,
+    )
+    trainer.fit(make_loader(), max_steps=max_steps, save_every=100)
+    return losses.by_step, scales.by_step
+
+
+def test_another_number_of_ranks_goes_on_with_the_loss_scale_bit_for_bit(
+    tmp_path: Path, run_ranks: Any
+) -> None:
+    whole = run_ranks(_train_invariant, 1, str(tmp_path / "whole"), 12)[0]
+    losses: dict[int, float] = {}
+    scales: dict[int, float] = {}
+    for world_size, max_steps in ((2, 5), (4, 9), (1, 12)):
+        outcomes = run_ranks(_train_invariant, world_size, str(tmp_path / "parts"), max_steps)
+        assert outcomes == [outcomes[0]] * world_size
+        losses |= outcomes[0][0]
+        scales |= outcomes[0][1]
+    assert (losses, scales) == whole
+    assert len(set(scales.values())) > 2
