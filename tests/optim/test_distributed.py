@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from mlsys_engine.errors import CheckpointError, ConfigError
-from mlsys_engine.optim import AdamW, clip_scale, step_in_backward
+from mlsys_engine.optim import OPTIMIZERS, AdamW, clip_scale, step_in_backward
 from tests.optim.peers import TORCH_PEERS, make_peer
 from tests.optim.variants import VARIANTS, gradients_for, make
 
@@ -113,7 +113,7 @@ def _shards_step_as_the_whole(rank: int, world_size: int) -> None:
         ((), [Replicate()]),
         ((4100, 3), [Shard(0)]),
     ]
-    for name in TORCH_PEERS:
+    for name in OPTIMIZERS:
         generator = torch.Generator().manual_seed(5)
         whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in layouts]
         shards = [

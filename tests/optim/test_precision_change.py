@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer
 from mlsys_engine.optim.state import ensure_state
-from tests.optim.variants import TORCH_PEERS, VARIANTS, gradients_for, make, make_peer
+from tests.optim.peers import TORCH_PEERS, make_peer
+from tests.optim.variants import VARIANTS, gradients_for, make
 
 SHAPES = ((5, 13), (130,), (4, 33), (0,), ())
 MASTERS = (None, "split", "fp32")
