@@ -156,6 +156,35 @@ def test_a_half_precision_loss_is_scaled_in_float32() -> None:
     assert scaled.dtype == torch.float32 and scaled.item() == 3.0 * 2.0**16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_and_gradients_in_half_precision_are_unscaled_in_float32(dtype: torch.dtype) -> None:
+    scaled, plain = _model().to(dtype), _model().to(dtype)
+    ours, plainly = (optim.AdamW(model.parameters(), lr=0.01) for model in (scaled, plain))
+    scaler = LossScaler(init_scale=2.0**6, growth_interval=100)
+    gradients = [torch.randn_like(parameter) for parameter in plain.parameters()]
+    for one, other, gradient in zip(scaled.parameters(), plain.parameters(), gradients, strict=True):
+        one.grad, other.grad = gradient * 2.0**6, gradient
+    scaler.scale(torch.ones(()))
+    norm = scaler.step(ours)
+    plainly.step()
+    exact = sum(gradient.double().square().sum() for gradient in gradients)
+    assert norm.item() == pytest.approx(math.sqrt(exact), rel=1e-12)
+    assert torch.equal(_weights(scaled), _weights(plain))
+    one.grad[0] = math.inf
+    assert not scaler.step(ours).isfinite()
+
+
+def test_scaling_testing_and_updating_read_no_value() -> None:
+    # Tensors on the meta device have none: reading one raises.
+    scaler = LossScaler()
+    for _ in range(3):
+        loss = scaler.scale(torch.empty((), device="meta"))
+        scaler.observe(~torch.isfinite(loss))
+        scaler.observe(~torch.isfinite(loss))
+        scaler.update()
+    assert scaler.current("meta").is_meta
+
+
 def test_a_disabled_scaler_neither_scales_nor_skips_but_clips() -> None:
     parameter, scaler = nn.Parameter(torch.zeros(1)), LossScaler(enabled=False)
     loss = (3.0 * parameter).sum()

@@ -70,6 +70,12 @@ def test_a_measurement_that_says_nothing_is_left_out(measurement: tuple[float, .
     assert meter.state_dict() == before
 
 
+def test_a_measurement_reads_no_value() -> None:
+    meter = GradientNoiseScale()
+    meter.update(*torch.empty(4, device="meta", dtype=torch.float64).unbind())  # where reading one raises
+    assert meter.value().is_meta
+
+
 def test_pure_noise_is_infinite_and_pure_gradient_zero() -> None:
     noise, gradient = GradientNoiseScale(), GradientNoiseScale()
     noise.update(4.0, 1.0, 2, 8)
