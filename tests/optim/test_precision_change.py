@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer
+from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, optimizer_class
 from mlsys_engine.optim.state import ensure_state
 from tests.optim.peers import TORCH_PEERS, make_peer
 from tests.optim.variants import VARIANTS, gradients_for, make
@@ -175,3 +175,25 @@ def test_float32_state_of_torch_loads_into_narrow_moments_and_back(name: str, mo
         for key, value in state.items():
             assert value.dtype is torch.float32
             assert value.shape == saved["state"][index][key].shape
+
+
+# Rules that count no steps save no count either, from which the random numbers of another form would go on.
+COUNTING = [param for param in changes() if optimizer_class(param.values[0]).counts_steps]
+
+
+@pytest.mark.parametrize(("name", "source", "target"), COUNTING)
+def test_a_group_edited_to_another_form_continues_as_if_loaded_into_it(
+    name: str, source: tuple[str | None, str], target: tuple[str | None, str]
+) -> None:
+    edited = params()
+    optimizer = make(name, edited, options(name, *source))
+    run(optimizer, edited, range(2))
+    saved = saved_and_loaded(optimizer)
+    loaded = copied(edited)
+    other = make(name, loaded, options(name, *target))
+    for group in (*saved["param_groups"], *optimizer.param_groups):
+        group["master"], group["moments"] = target
+    other.load_state_dict(saved)
+    run(optimizer, edited, range(2, 4))
+    run(other, loaded, range(2, 4))
+    assert all(map(torch.equal, edited, loaded))
