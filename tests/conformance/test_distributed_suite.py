@@ -44,7 +44,15 @@ REPRESENTATIVE = (
 )
 
 
-def _run(tmp_path: Path, world_size: int, names: tuple[str, ...] = ()) -> dict[str, str]:
+class Outcomes(dict[str, str]):
+    """What became of each test, and what the ranks wrote, which is where a crash tells its story."""
+
+    def __init__(self, outcomes: dict[str, str], *, stderr: str) -> None:
+        super().__init__(outcomes)
+        self.stderr = stderr
+
+
+def _run(tmp_path: Path, world_size: int, names: tuple[str, ...] = ()) -> Outcomes:
     environment = os.environ | {
         "BACKEND": "mlsys",
         "BACKEND_PLUGIN": "mlsys_engine.comm",
@@ -57,8 +65,7 @@ def _run(tmp_path: Path, world_size: int, names: tuple[str, ...] = ()) -> dict[s
     command = [sys.executable, "-m", "tests.conformance.driver", "--results", str(results), *names]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert results.exists(), finished.stderr[-4000:]
-    outcomes: dict[str, str] = json.loads(results.read_text())
-    return outcomes
+    return Outcomes(json.loads(results.read_text()), stderr=finished.stderr)
 
 
 def _listed(world_size: int) -> set[str]:
@@ -79,7 +86,8 @@ def test_exactly_the_listed_tests_do_not_pass(tmp_path, world_size):
     outcomes = _run(tmp_path, world_size)
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.startswith("failed")}
     listed = _listed(world_size)
-    assert {name: why for name, why in failed.items() if name not in listed} == {}
+    unexpected = {name: why for name, why in failed.items() if name not in listed}
+    assert not unexpected, "\n".join([*map(str, unexpected.items()), outcomes.stderr[-6000:]])
     assert listed - failed.keys() == set(), "these pass now: take them off the list"
     assert list(outcomes.values()).count("passed") >= PASSING[world_size]
 

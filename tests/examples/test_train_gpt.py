@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlsys_engine import checkpoint
-from tests.support.launchers import LAUNCHERS, ROOT, command_of, environment, run_launched
+from tests.support.launchers import ROOT, command_of, environment, run_launched
 
 EXAMPLE = str(ROOT / "examples" / "train_gpt.py")
 NUM_STEPS = 20
@@ -47,8 +47,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize("launcher", LAUNCHERS[1:])
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks"),
+    [
+        ("torchrun", 2),
+        pytest.param("torchrun", 3, marks=pytest.mark.soak),
+        pytest.param("torchrun", 4, marks=pytest.mark.soak),
+        pytest.param("openmpi", 2, marks=[pytest.mark.mpi, pytest.mark.soak]),
+        pytest.param("openmpi", 3, marks=pytest.mark.mpi),
+        pytest.param("openmpi", 4, marks=[pytest.mark.mpi, pytest.mark.soak]),
+        pytest.param("mpich", 2, marks=[pytest.mark.mpi, pytest.mark.soak]),
+        pytest.param("mpich", 3, marks=[pytest.mark.mpi, pytest.mark.soak]),
+        pytest.param("mpich", 4, marks=pytest.mark.mpi),
+    ],
+)
 def test_losses_are_the_same_to_the_last_bit_under_every_launcher(
     tmp_path: Path, launcher: str, num_ranks: int, reference: Any
 ) -> None:
@@ -92,11 +104,12 @@ def _train_until_signalled(
     ("launcher", "number", "to_a_rank", "status"),
     [
         ("local", signal.SIGTERM, False, 143),
-        ("local", signal.SIGINT, False, 130),
-        ("torchrun", signal.SIGTERM, False, 1),  # torchrun ends with an exception of its own
+        pytest.param("local", signal.SIGINT, False, 130, marks=pytest.mark.soak),
+        # torchrun ends with an exception of its own
+        pytest.param("torchrun", signal.SIGTERM, False, 1, marks=pytest.mark.soak),
         ("torchrun", signal.SIGTERM, True, 1),
         pytest.param("openmpi", signal.SIGUSR1, False, 138, marks=pytest.mark.mpi),
-        pytest.param("openmpi", signal.SIGTERM, True, 143, marks=pytest.mark.mpi),
+        pytest.param("openmpi", signal.SIGTERM, True, 143, marks=[pytest.mark.mpi, pytest.mark.soak]),
         pytest.param("mpich", signal.SIGTERM, False, 143, marks=pytest.mark.mpi),
     ],
 )
