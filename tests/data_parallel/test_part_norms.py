@@ -91,20 +91,18 @@ def _by_rank(rank, world_size, options):
     [
         {},
         {"shard": "optimizer"},
-        {"precision": "fp16"},
-        {"numerics": "world_invariant", "seed": 0, "accumulate": 1},
+        pytest.param({"precision": "fp16"}, marks=pytest.mark.slow),
+        pytest.param(INVARIANT, marks=pytest.mark.slow),
     ],
     ids=["whole", "sharded", "fp16", "world-invariant"],
 )
 def test_on_several_ranks_the_parts_are_the_ranks(run_ranks, options):
     world_size = 4
     values = run_ranks(_by_rank, world_size, options)
-    expected = _expected(
-        [
-            _joined([pairs(rank + 1, seed=10 * rank + part) for part in range(2)])
-            for rank in range(world_size - 1)
-        ]
-    )
+    batches = [
+        [pairs(rank + 1, seed=10 * rank + part) for part in range(2)] for rank in range(world_size - 1)
+    ]
+    expected = _expected([_joined(own) for own in batches])
     assert values == [values[0]] * world_size
     tolerance = 2e-2 if "precision" in options else 1e-5
     assert values[0][:2] == pytest.approx((expected.squared_norm, expected.trace), rel=tolerance)
@@ -138,10 +136,10 @@ def _train(rank, world_size, meters, options):
     ("world_size", "options"),
     [
         (1, {}),
-        (1, INVARIANT),
-        (3, {}),
+        pytest.param(1, INVARIANT, marks=pytest.mark.slow),
+        pytest.param(3, {}, marks=pytest.mark.slow),
         (2, {"shard": "optimizer"}),
-        (2, {"precision": "fp16"}),
+        pytest.param(2, {"precision": "fp16"}, marks=pytest.mark.slow),
     ],
 )
 def test_measuring_changes_no_bit_of_the_training(run_ranks, world_size, options):

@@ -123,7 +123,7 @@ def _train(rank, world_size, settings, steps=12, precision="fp16"):
     return results, weights_of(model)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_all_ranks_skip_a_bad_step_together_and_lower_the_scale_alike(run_ranks, world_size):
     values = run_ranks(_train, world_size, {})
     for results, weights in values:
@@ -135,7 +135,7 @@ def test_all_ranks_skip_a_bad_step_together_and_lower_the_scale_alike(run_ranks,
     assert list(scales) == grown + [2.0**11] * 3 + [2.0**12]
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_a_sharded_optimizer_gives_the_bits_of_the_whole_one(run_ranks, precision):
     whole = run_ranks(_train, 2, {}, 12, precision)
     parts = run_ranks(_train, 2, {"shard": "optimizer"}, 12, precision)
@@ -193,7 +193,7 @@ def _invariant(rank, world_size, precision):
     return losses, weights_of(model)
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_world_invariant_numerics_hold_under_autocast(run_ranks, precision):
     losses, weights = run_ranks(_invariant, 1, precision)[0]
     for values in run_ranks(_invariant, 2, precision):

@@ -27,7 +27,7 @@ def test_the_estimates_are_unbiased_also_for_parts_of_unequal_size(sizes: tuple[
     generator = np.random.default_rng(0)
     mean, deviations = np.full(30, 0.3), np.linspace(0.5, 2.0, 30)
     meter, estimates = GradientNoiseScale(decay=0.0), []
-    for _ in range(4000):
+    for _ in range(1500):
         sums = [
             (size * mean + math.sqrt(size) * deviations * generator.standard_normal(30)) for size in sizes
         ]

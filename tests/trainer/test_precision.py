@@ -63,7 +63,7 @@ def _train(
         pytest.param(2, ("fp16", "none"), marks=pytest.mark.slow),
         (2, ("fp16", "optimizer")),
         pytest.param(1, ("fp16-pure", "none"), marks=pytest.mark.slow),
-        (2, ("fp16-pure", "none")),
+        pytest.param(2, ("fp16-pure", "none"), marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_fp16_training_equals_the_one_never_stopped(
