@@ -228,6 +228,7 @@ class DataParallelRunner:
             )
         state.load_model_state(self._model, state_dict["model"])
         if "optimizer" in state_dict:
+            state.restore_masters(self._model, state_dict["optimizer"]["state"])
             self._update.load_optimizer_state(self._model, state_dict["optimizer"])
             if self._reduction is not None and self._reduction.state_dict():
                 self._reduction.load_state_dict(state_dict.get("reduction", {}))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from mlsys_engine.errors import CheckpointError
+from mlsys_engine.optim.storage import away
 from mlsys_engine.trace import inventory
 
 
@@ -87,6 +88,23 @@ def load_optimizer_state(
     # Cloned, because torch's optimizers keep the tensors they are given and step them in place.
     values = {indices[name]: _cloned(dict(value)) for name, value in state["state"].items()}
     optimizer.load_state_dict({"state": values, "param_groups": loaded_groups})
+
+
+@torch.no_grad()
+def restore_masters(model: nn.Module, optimizer_state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Gives float32 parameters the bits that a training in half precision has kept beside them.
+
+    The model has been loaded. A weight that is not the rounding of its master was written by somebody else,
+    and stays.
+    """
+    for name, parameter in model.named_parameters():
+        master = optimizer_state.get(name, {}).get("master")
+        if not isinstance(master, torch.Tensor) or parameter.dtype is not torch.float32:
+            continue
+        master = master.to(parameter.device)
+        roundings = (away(master), master.bfloat16(), master.half())
+        is_own = torch.stack([rounded.float() == parameter for rounded in roundings]).any(0)
+        parameter.copy_(torch.where(is_own, master, parameter))
 
 
 def check_names(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:

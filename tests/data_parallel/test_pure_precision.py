@@ -141,6 +141,22 @@ def test_a_state_goes_on_bit_for_bit_in_another_runner(precision):
     assert _bits(second.model) == _bits(first.model)
 
 
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_training_that_goes_on_in_float32_has_the_bits_that_were_kept_beside_the_parameters(precision):
+    narrow = alone(mlp(), optimizer=ADAMW, precision=precision)
+    for step in range(5):
+        narrow.step([pairs(4, seed=step)])
+    saved = copy.deepcopy(narrow.state_dict(full=True))
+    saved["model"]["0.bias"][1] = 7.0  # written by somebody else
+    wide = alone(mlp(seed=5), optimizer=ADAMW, precision="bf16")
+    wide.load_state_dict(saved)
+    masters = {name: values["master"] for name, values in saved["optimizer"]["state"].items()}
+    assert any(not torch.equal(masters[name], saved["model"][name].float()) for name in masters)
+    masters["0.bias"][1] = 7.0
+    assert all(torch.equal(parameter, masters[name]) for name, parameter in wide.model.named_parameters())
+    assert not wide.step([pairs(4)]).skipped
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
