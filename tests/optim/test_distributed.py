@@ -19,7 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mlsys_engine.errors import CheckpointError, ConfigError
 from mlsys_engine.optim import OPTIMIZERS, AdamW, clip_scale, step_in_backward
@@ -226,6 +233,50 @@ def _two_dimensional_norms(rank: int, world_size: int) -> float:
 
 def test_norms_on_two_dimensional_meshes_count_replicas_once_on_all_ranks(run_ranks: Any) -> None:
     assert len(set(run_ranks(_two_dimensional_norms, 4))) == 1
+
+
+def _tensor_parallel_and_fsdp2(rank: int, world_size: int) -> float:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Linear(6, 3))
+        parallelize_module(net, mesh["tensor"], plan)
+        for layer in (net[0], net[2], net[3]):  # the last has a mesh of one dimension, the others of two
+            fully_shard(layer, mesh=mesh["data"])
+        fully_shard(net, mesh=mesh["data"])
+        nets.append(net)
+    ours, theirs = nets
+    optimizer = AdamW(ours.parameters(), lr=0.05)
+    peer = torch.optim.AdamW(theirs.parameters(), lr=0.05)
+    addresses = [p.to_local().data_ptr() for p in ours.parameters()]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randn(8, 6, generator=generator).chunk(2)[mesh.get_local_rank("data")]
+        for net in nets:
+            net(batch).square().mean().backward()
+        total = optimizer.sum_of_squares()
+        whole = sum(p.grad.full_tensor().double().square().sum() for p in ours.parameters())
+        assert abs(total - whole) <= 400 * 2.0**-53 * whole  # as above
+        for parameter in theirs.parameters():  # clip_grad_norm_ refuses parameters of two meshes
+            parameter.grad.mul_(min(1.0, 0.1 / (whole.sqrt().item() + 1e-6)))
+        optimizer.step_scaled(grad_scale=clip_scale(total, 0.1))
+        peer.step()
+        for net, one in zip(nets, (optimizer, peer), strict=True):
+            one.zero_grad()
+            assert all(p.grad is None for p in net.parameters())
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            # The bound of the clipped steps above, here without a restart at torch's weights: three steps.
+            bound = 3 * (8 * 2.0**-18 * 0.05 * 3 + 16 * 2.0**-24 * (1.0 + other.to_local().abs()))
+            assert ((mine.to_local() - other.to_local()).abs() <= bound).all()
+    assert [p.to_local().data_ptr() for p in ours.parameters()] == addresses
+    return total.item()
+
+
+@pytest.mark.slow
+def test_a_model_of_tensor_parallel_layers_under_fsdp2_steps_as_torchs(run_ranks: Any) -> None:
+    assert len(set(run_ranks(_tensor_parallel_and_fsdp2, 4))) == 1
 
 
 # ---- state
