@@ -38,18 +38,19 @@ void check_sizes(Context& context, std::span<const size_t> receive_bytes) {
   }
 }
 
+template <class Slots>
 void exchange_staged(LocalTeam& team, std::span<const void* const> inputs, std::span<void* const> outputs,
                      size_t largest, Copy copy) {
   const auto size = static_cast<size_t>(team.size());
   const auto me = static_cast<size_t>(team.index());
-  const size_t lane = Ring::kSlotBytes / (size - 1) / 64 * 64;
+  const size_t lane = Slots::kSlotBytes / (size - 1) / 64 * 64;
   const auto lane_of = [&](size_t from, size_t to) { return lane * (to < from ? to : to - 1); };
   const auto length = [&](size_t from, size_t to, size_t k) {
     const ExchangeEntry entry = entry_of(team, static_cast<int>(from), static_cast<int>(to));
     const size_t bytes = from == to || is_direct(entry) ? 0 : entry.bytes;
     return std::min(lane, bytes - std::min(bytes, k * lane));
   };
-  Ring::run(
+  Slots::run(
       team, (largest + lane - 1) / lane,
       [&](size_t k, std::byte* slot) {
         for (size_t to = 0; to < size; ++to) {
@@ -61,7 +62,7 @@ void exchange_staged(LocalTeam& team, std::span<const void* const> inputs, std::
         for (size_t from = 0; from < size; ++from) {
           const size_t n = length(from, me, k);
           if (n == 0) continue;
-          const std::byte* slot = Ring::slot(team, static_cast<int>(from), k);
+          const std::byte* slot = Slots::slot(team, static_cast<int>(from), k);
           copy(at(outputs[from], k * lane), slot + lane_of(from, me), n);
         }
       });
@@ -93,7 +94,10 @@ void local_exchange(Context& context, std::span<const void* const> inputs, std::
     copy(outputs[static_cast<size_t>(from)], team.published(from, entry.arena_offset, entry.bytes),
          entry.bytes);
   }
-  if (largest != 0) exchange_staged(team, inputs, outputs, largest, copy);
+  if (largest != 0) {
+    team.size() > 2 ? exchange_staged<WideRing>(team, inputs, outputs, largest, copy)
+                    : exchange_staged<Ring>(team, inputs, outputs, largest, copy);
+  }
   if (!any_direct) return;
   team.barrier();
   context.counters.add_zero_copy();

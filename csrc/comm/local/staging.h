@@ -16,9 +16,9 @@
 
 namespace mlsys::comm {
 
-struct Ring {
-  // Two slots ahead and the one in use fill less than half of a 1 MiB second-level cache.
-  static constexpr size_t kSlotBytes = 128 << 10;
+template <size_t kBytes>
+struct SlotRing {
+  static constexpr size_t kSlotBytes = kBytes;
   static constexpr size_t kNumSlots = 6;
   static constexpr size_t kAhead = 2;
   static_assert(kNumSlots >= 2 * kAhead + 2 && kNumSlots * kSlotBytes <= ControlBlock::kStageBytes);
@@ -43,5 +43,10 @@ struct Ring {
     });
   }
 };
+
+// Two slots ahead and the one in use fill less than half of a 1 MiB second-level cache.
+using Ring = SlotRing<size_t{128} << 10>;
+// Where a slot is divided among many readers: half as many turns, each of pieces that are worth one.
+using WideRing = SlotRing<size_t{256} << 10>;
 
 }  // namespace mlsys::comm
