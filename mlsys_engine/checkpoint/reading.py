@@ -54,8 +54,9 @@ def load(path: str | Path, template: Contents, *, group: dist.ProcessGroup | Non
 
     `template` is the state of the freshly built training: its model says which names, shapes and dtypes are
     expected (its tensors, shards included, are filled in place), its optimizer which placement the state has.
-    Raises CheckpointError on every rank for damaged files, another model (both before any tensor is touched)
-    or another optimizer.
+    Values of another floating type come back as they were saved, in tensors of their own, for the runner to
+    convert. Raises CheckpointError on every rank for damaged files, another model (both before any tensor is
+    touched) or another optimizer.
     """
     path = Path(path)
     rank, world_size = rank_and_size(group)
@@ -93,9 +94,14 @@ def _targets(
         target = expected.get(key)
         if target is None and key.startswith("optimizer/") and template.place is not None:
             target = template.place(*optimizer_key(key))
-        if isinstance(target, torch.Tensor | FlatShard) and target.shape == record.size:
+        of_another_precision = isinstance(target, torch.Tensor) and target.dtype != record.properties.dtype
+        if (
+            isinstance(target, torch.Tensor | FlatShard)
+            and target.shape == record.size
+            and not of_another_precision
+        ):
             targets[key] = target
-        else:  # state that the optimizer has not created yet, and that every rank has all of
+        else:  # as it was saved; or state that the optimizer has not created yet, and every rank has all of
             targets[key] = torch.empty(record.size, dtype=record.properties.dtype)
     return targets
 
@@ -110,12 +116,17 @@ def _check_model(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -
         record, tensor = stored[key], expected[key]
         if not isinstance(record, TensorStorageMetadata) or not isinstance(tensor, torch.Tensor):
             continue
-        if record.size != tensor.shape or record.properties.dtype != tensor.dtype:
+        if record.size != tensor.shape or not _convertible(record.properties.dtype, tensor.dtype):
             raise _other_model(
                 path,
                 f"{key.removeprefix('model/')!r} is {_describe(record.size, record.properties.dtype)} in the "
                 f"checkpoint and {_describe(tensor.shape, tensor.dtype)} in the model",
             )
+
+
+def _convertible(saved: torch.dtype, present: torch.dtype) -> bool:
+    """Whether values go from one type to the other when a plan changes its precision."""
+    return saved == present or {saved, present} <= {torch.float32, torch.bfloat16, torch.float16}
 
 
 def _check_groups(path: Path, contents: Contents, template: Contents) -> CheckpointError | None:
@@ -146,7 +157,7 @@ def _group_shape(group: dict[str, Any]) -> tuple[set[str], list[str]]:
 def _other_model(path: Path, difference: str) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint {path} is of another model: {difference}.",
-        "Names, shapes and dtypes of all parameters and buffers must agree.",
+        "Names and shapes of all parameters and buffers must agree, and types except for the precision.",
         "Build the model as it was when the checkpoint was saved, or start without resume=.",
     )
 

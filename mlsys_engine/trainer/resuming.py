@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlsys_engine import checkpoint
 from mlsys_engine.comm.launch import World
 from mlsys_engine.data import GlobalBatches
@@ -53,7 +55,7 @@ class TrainingState:
         self.runner.load_state_dict(contents.runner_state())
         self.schedule.load_state_dict(contents.shared["scheduler"])
         self.batches.load_state_dict(contents.shared["data"])
-        notes = self._differences(loaded)
+        notes = [*_precisions(template, contents), *self._differences(loaded)]
         same_shards = contents.shared["num_data_shards"] == self.runner.num_data_shards
         if contents.own and same_shards:
             rng_state.restore(contents.own)
@@ -92,6 +94,22 @@ class TrainingState:
         if saved_seed != self.seed:
             notes.append(f"seed={self.seed} has no effect: the data order goes on with seed {saved_seed}.")
         return notes
+
+
+def _precisions(template: checkpoint.Contents, loaded: checkpoint.Contents) -> list[str]:
+    """What is to be said when the model's weights were saved in another type than they have now."""
+    types = {
+        (_short(saved.dtype), _short(present.dtype))
+        for name, present in template.model.items()
+        if isinstance(saved := loaded.model[name], torch.Tensor) and saved.dtype != present.dtype
+    }
+    return [
+        f"It was saved with {saved} weights and goes on with {present}." for saved, present in sorted(types)
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _leaves(runner_state: dict[str, Any]) -> Any:

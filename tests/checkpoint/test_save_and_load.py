@@ -80,7 +80,7 @@ def test_a_directory_that_cannot_be_written_is_refused_with_its_name(tmp_path: P
     ("name", "value", "message"),
     [
         ("layer.bias", torch.zeros(5), r"'layer.bias' is float32\[4\] in the checkpoint and float32\[5\]"),
-        ("half", torch.zeros(5), r"'half' is bfloat16\[5\] in the checkpoint and float32\[5\]"),
+        ("half", torch.zeros(5).double(), r"'half' is bfloat16\[5\] in the checkpoint and float64\[5\]"),
         ("other", torch.zeros(1), r"the model has 'other', which the checkpoint lacks"),
     ],
 )
@@ -100,6 +100,16 @@ def test_a_parameter_that_the_model_lacks_is_refused_by_name(tmp_path: Path) -> 
     model = {name: value for name, value in template.model.items() if name != "half"}
     with pytest.raises(CheckpointError, match="the checkpoint has 'half', which the model lacks"):
         checkpoint.load(path, dataclasses.replace(template, model=model))
+
+
+def test_a_model_in_another_precision_gets_what_was_saved_in_the_type_it_was_saved_in(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, contents(1.0), plan_hash="")
+    template = contents(0.0)
+    template = dataclasses.replace(template, model={**template.model, "half": torch.zeros(5)})
+    loaded = checkpoint.load(path, template).contents.model["half"]
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded, contents(1.0).model["half"])
+    assert torch.equal(template.model["half"], torch.zeros(5))  # converting is the runner's
 
 
 def test_the_model_is_untouched_when_another_one_is_refused(tmp_path: Path) -> None:

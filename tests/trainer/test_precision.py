@@ -152,3 +152,23 @@ def test_another_number_of_ranks_goes_on_with_the_loss_scale_bit_for_bit(
         scales |= outcomes[0][1]
     assert (losses, scales) == whole
     assert len(set(scales.values())) > 2
+
+
+def test_a_training_goes_on_in_another_precision_and_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    losses, reference = Losses(), Losses()
+    settings: dict[str, Any] = {"model": workloads.make_model(dropout=0.0)}
+    make_trainer(tmp_path / "fp32", reference, **settings).fit(make_loader(), max_steps=15)
+    for number, precision in enumerate(("bf16-pure", "fp32", "fp16-pure", "bf16", "fp16")):
+        # Another initialisation each time: what matters must come from the checkpoint.
+        model = workloads.make_model(seed=number, dropout=0.0)
+        trainer = make_trainer(tmp_path / "all", losses, model=model, precision=precision)
+        trainer.fit(make_loader(), max_steps=3 * number + 3, save_every=3)
+    assert list(losses.by_step) == list(reference.by_step)
+    said = capfd.readouterr().err
+    for saved, present in (("bfloat16", "float32"), ("float32", "float16"), ("float16", "float32")):
+        assert f"It was saved with {saved} weights and goes on with {present}." in said
+    # bf16 rounds products to 8 bits; a training from other weights or moments would be off by tens of
+    # percent.
+    assert losses.values == pytest.approx(reference.values, rel=0.03)
