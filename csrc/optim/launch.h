@@ -20,9 +20,15 @@ struct StepArguments;
   X(schedule_free_adamw)       \
   X(sgd)
 
+// And those that are parts of a rule: they have operators, and no tile steps.
+#define MLSYS_STEP_RULES(X) \
+  MLSYS_ELEMENT_RULES(X)    \
+  X(muon_momentum)          \
+  X(muon_apply)
+
 // CPU. One call steps a whole table; see step.h.
 #define MLSYS_DECLARE(rule) void rule##_step(const StepArguments& args);
-MLSYS_ELEMENT_RULES(MLSYS_DECLARE)
+MLSYS_STEP_RULES(MLSYS_DECLARE)
 #undef MLSYS_DECLARE
 // Reads parameter, gradient and two moments and writes three of them with next to no arithmetic: the
 // bandwidth that an AdamW step cannot exceed. For benchmarks.
@@ -57,7 +63,7 @@ struct StepLaunch {
   void* stream;
 };
 #define MLSYS_DECLARE(rule) void rule##_step(const StepLaunch& launch);
-MLSYS_ELEMENT_RULES(MLSYS_DECLARE)
+MLSYS_STEP_RULES(MLSYS_DECLARE)
 #undef MLSYS_DECLARE
 
 // The same two halves of the sum of squares of device arrays; `terms` and `result` are on the device.

@@ -39,7 +39,8 @@ class NativeOptimizer(torch.optim.Optimizer):
     counts_steps: ClassVar[bool]  # rule: whether state[p]["step"] exists, as in torch's own state
     # Rule: which moments may be narrowed: "signed", or "unsigned" for sums of squares. Others stay float32.
     moment_kinds: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    shardable: ClassVar[bool] = True  # rule: whether any part of a parameter steps by itself
+    elementwise: ClassVar[bool] = True  # rule: whether any part of a parameter steps by itself
+    shardable: ClassVar[bool] = True  # rule: whether that takes nothing but segments and hyper rows
     defaults: Group
 
     _step_supports_amp_scaling: ClassVar[bool] = True  # torch.amp.GradScaler need not unscale before `step`
@@ -115,7 +116,8 @@ class NativeOptimizer(torch.optim.Optimizer):
             for position, item in enumerate([given] if isinstance(given, Tensor) else given):
                 name, parameter = item if isinstance(item, tuple) else (None, item)
                 if isinstance(parameter, Tensor):
-                    check_parameter(parameter, name or f"Parameter {position} of group {index}")
+                    label = name or f"Parameter {position} of group {index}"
+                    check_parameter(parameter, label, whole=not self.elementwise)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 

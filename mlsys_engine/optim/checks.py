@@ -38,8 +38,14 @@ def check_flag_is_off(group: dict[str, Any], name: str, action: str) -> None:
         raise ConfigError(f"{name}={group[name]} is set.", "The native optimizer does not have it.", action)
 
 
-def check_parameter(parameter: Tensor, name: str) -> None:
-    """Called for every parameter that joins an optimizer."""
+def check_parameter(parameter: Tensor, name: str, *, whole: bool = False) -> None:
+    """Called for every parameter that joins an optimizer; `whole`: for rules that need whole tensors."""
+    if whole and hasattr(parameter, "placements"):
+        raise ConfigError(
+            f"{name} is {describe(parameter)}.",
+            "This rule works on whole tensors, and a DTensor's local shard is a part of one.",
+            "Use a rule that works element by element, such as mls.optim.AdamW, for sharded parameters.",
+        )
     if any(placement.is_partial() for placement in getattr(parameter, "placements", ())):
         raise ConfigError(
             f"{name} is {describe(parameter)}.",

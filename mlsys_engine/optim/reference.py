@@ -68,6 +68,35 @@ def adagrad(parameter: Tensor, gradient: Tensor, state: State, group: MutableMap
     return parameter - rate * gradient / (total.sqrt() + group["eps"])
 
 
+def adafactor(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
+    """Shazeer & Stern 2018, algorithms 4 and 5, as torch.optim.Adafactor documents them."""
+    if parameter.numel() == 0:  # whose means are of nothing
+        state.update(step=state.get("step", 0) + 1, variance=gradient)
+        return parameter
+    gradient = -gradient if group["maximize"] else gradient
+    eps1 = torch.finfo(torch.float32).eps if group["eps"][0] is None else group["eps"][0]
+    lr = float(group["lr"])
+    step = state["step"] = state.get("step", 0) + 1
+    take = step ** group["beta2_decay"]
+
+    def moved(name: str, sample: Tensor) -> Tensor:
+        mean = state.get(name, torch.zeros_like(sample))
+        state[name] = mean + take * (sample - mean)
+        moment: Tensor = state[name]
+        return moment
+
+    if gradient.ndim > 1:
+        rows = moved("row_var", gradient.square().mean(-1, keepdim=True))
+        columns = moved("col_var", gradient.square().mean(-2, keepdim=True))
+        variance = rows * columns / rows.mean(-2, keepdim=True).clamp(min=eps1)
+    else:
+        variance = moved("variance", gradient.square())
+    update = gradient / variance.clamp(min=eps1**2).sqrt()
+    size = max(group["eps"][1], parameter.square().mean().sqrt().item()) * min(lr, step**-0.5)
+    clipped = max(1.0, update.square().mean().sqrt().item() / group["d"])
+    return parameter * (1 - lr * group["weight_decay"]) - size / clipped * update
+
+
 def lion(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
     """Chen et al. 2023, algorithm 2. `state["mixed"]` keeps what the last sign was taken of."""
     gradient = -gradient if group["maximize"] else gradient
@@ -77,6 +106,29 @@ def lion(parameter: Tensor, gradient: Tensor, state: State, group: MutableMappin
     state["exp_avg"] = beta2 * momentum + (1 - beta2) * gradient
     sign = mixed.sign().where(~mixed.isnan(), mixed)  # torch.sign makes zero of nan
     return parameter - lr * (sign + group["weight_decay"] * parameter)
+
+
+def muon(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
+    """Jordan et al. 2024 as torch.optim.Muon documents it, for a matrix; AdamW where the group says so."""
+    if not group["use_muon"]:
+        return adamw(parameter, gradient, state, {**group, "amsgrad": False})
+    gradient = -gradient if group["maximize"] else gradient
+    momentum, lr = group["momentum"], float(group["lr"])
+    buffer = state.get("momentum_buffer", torch.zeros_like(gradient))
+    buffer = state["momentum_buffer"] = momentum * buffer + (1 - momentum) * gradient
+    x = momentum * buffer + (1 - momentum) * gradient if group["nesterov"] else buffer
+    x = x.reshape(len(parameter), -1)
+    rows, columns = x.shape
+    x = x / x.norm().clamp(min=group["eps"])
+    a, b, c = group["ns_coefficients"]
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        ratio = 0.2 * max(rows, columns) ** 0.5
+    else:
+        ratio = max(1.0, rows / columns) ** 0.5
+    return parameter * (1 - lr * group["weight_decay"]) - lr * ratio * x.reshape(parameter.shape)
 
 
 def schedule_free_adamw(
@@ -102,10 +154,12 @@ def schedule_free_adamw(
 
 
 REFERENCES: dict[str, Callable[[Tensor, Tensor, State, MutableMapping[str, Any]], Tensor]] = {
+    "adafactor": adafactor,
     "adagrad": adagrad,
     "adam": adam,
     "adamw": adamw,
     "lion": lion,
+    "muon": muon,
     "schedule_free_adamw": schedule_free_adamw,
     "sgd": sgd,
 }

@@ -8,10 +8,12 @@ from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.optim.base import NativeOptimizer
 
 OPTIMIZERS = {
+    "adafactor": "mlsys_engine.optim.adafactor:Adafactor",
     "adagrad": "mlsys_engine.optim.adagrad:Adagrad",
     "adam": "mlsys_engine.optim.adam:Adam",
     "adamw": "mlsys_engine.optim.adamw:AdamW",
     "lion": "mlsys_engine.optim.lion:Lion",
+    "muon": "mlsys_engine.optim.muon:Muon",
     "schedule_free_adamw": "mlsys_engine.optim.schedule_free_adamw:ScheduleFreeAdamW",
     "sgd": "mlsys_engine.optim.sgd:SGD",
 }

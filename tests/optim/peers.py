@@ -24,9 +24,9 @@ class ReferencePeer(torch.optim.Optimizer):
 
     def __init__(self, name: str, params: Any, variant: dict[str, Any]) -> None:
         self._reference, self._ours = REFERENCES[name], optimizer_class(name)
-        template: Any = self._ours([torch.nn.Parameter(torch.zeros(1))], **variant)  # type: ignore[call-arg]
+        template: Any = self._ours(params, **variant)  # type: ignore[call-arg]
         self._template = template
-        super().__init__(params, dict(template.defaults))
+        super().__init__([dict(group) for group in template.param_groups], dict(template.defaults))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -55,10 +55,14 @@ class ReferencePeer(torch.optim.Optimizer):
 
     def _pack(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         own = self.state[parameter]
-        if self._ours.counts_steps:
-            own["step"] = torch.tensor(float(state["step"]))
-        for name in self._template.moment_names(group):
-            own[name] = state[name].float()
+        for name in ("step", *self._template.moment_names(group)):
+            if name in state and (name != "step" or self._counts(group)):
+                value = state[name]
+                own[name] = value.float() if isinstance(value, Tensor) else torch.tensor(float(value))
+
+    def _counts(self, group: dict[str, Any]) -> bool:
+        """Whether parameters of the group have a step count in their state; those of Muon's AdamW have."""
+        return self._ours.counts_steps or not group.get("use_muon", True)
 
 
 def make_peer(name: str, params: Any, variant: dict[str, Any], **options: Any) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from tests.optim.variants import (
     EPSILON,
     UPDATE_ERRORS,
     VARIANTS,
-    error_bound,
+    error_bounds,
     every_variant,
     gradients_for,
     lion_may_flip,
@@ -59,7 +59,7 @@ def test_a_hundred_steps_stay_within_the_derived_bound_of_the_float64_reference(
     optimizer = make(name, params, variant)
     doubles = [parameter.detach().double() for parameter in params]
     states: list[dict[str, Any]] = [{} for _ in params]
-    group = optimizer.param_groups[0]
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     largest = 0.0
     flips = [torch.zeros(parameter.shape) for parameter in params]
     for step in range(100):
@@ -67,13 +67,15 @@ def test_a_hundred_steps_stay_within_the_derived_bound_of_the_float64_reference(
         for number, parameter in enumerate(params):
             assert parameter.grad is not None
             doubles[number] = REFERENCES[name](
-                doubles[number], parameter.grad.double(), states[number], group
+                doubles[number], parameter.grad.double(), states[number], groups[parameter]
             )
             largest = max(largest, doubles[number].abs().max().item() if parameter.numel() else 0.0)
             if name == "lion":
-                flips[number] += lion_may_flip(group, states[number]["mixed"], largest=2.0)
-        bound = error_bound(name, group, steps=step + 1, smallest=0.5, largest=2.0, parameter=largest)
-        for parameter, double, flipped in zip(params, doubles, flips, strict=True):
+                flips[number] += lion_may_flip(groups[parameter], states[number]["mixed"], largest=2.0)
+        bounds = error_bounds(
+            name, optimizer, params, steps=step + 1, smallest=0.5, largest=2.0, parameter=largest
+        )
+        for parameter, double, flipped, bound in zip(params, doubles, flips, bounds, strict=True):
             assert ((parameter.double() - double).abs() <= bound + 2 * variant["lr"] * flipped).all()
     assert sum(flipped.sum().item() for flipped in flips) <= 0.01 * 100 * sum(map(torch.numel, params))
 
@@ -82,12 +84,14 @@ def test_a_hundred_steps_stay_within_the_derived_bound_of_the_float64_reference(
 @pytest.mark.parametrize(("name", "variant"), every_variant())
 def test_one_step_equals_torch_to_a_few_roundings(name: str, variant: dict[str, Any], fused: bool) -> None:
     ours, theirs = parameters(), parameters()
-    run(make(name, ours, variant), ours, 1)
+    optimizer = make(name, ours, variant)
+    run(optimizer, ours, 1)
     run(make_peer(name, theirs, variant, fused=fused), theirs, 1)
-    for a, b in zip(ours, theirs, strict=True):
+    whole = error_bounds(name, optimizer, ours, steps=1, smallest=0.5, largest=2.0, parameter=4.0)
+    for a, b, bound_of_whole in zip(ours, theirs, whole, strict=True):
         # Either side rounds an update of at most lr * max(1, |g'|) up to 10 times and the parameter twice.
-        bound = EPSILON * (2 * 10 * variant["lr"] * (2.0 + b.abs()) + 2 * 2 * b.abs())
-        assert ((a - b).abs() <= bound).all()
+        elementwise = EPSILON * (2 * 10 * variant["lr"] * (2.0 + b.abs()) + 2 * 2 * b.abs())
+        assert ((a - b).abs() <= (elementwise if optimizer.elementwise else 2 * bound_of_whole)).all()
 
 
 @pytest.mark.parametrize(("name", "variant"), every_variant())
@@ -113,10 +117,8 @@ def test_state_moves_from_torch_and_back_to_torch(name: str, variant: dict[str, 
     their_optimizer.load_state_dict(saved)
     run(their_optimizer, theirs, 5, first_seed=10)
     run(our_optimizer, ours, 5, first_seed=10)
-    bound = error_bound(
-        name, our_optimizer.param_groups[0], steps=5, smallest=0.5, largest=2.0, parameter=8.0
-    )
-    for a, b in zip(ours, theirs, strict=True):
+    bounds = error_bounds(name, our_optimizer, ours, steps=5, smallest=0.5, largest=2.0, parameter=8.0)
+    for a, b, bound in zip(ours, theirs, bounds, strict=True):
         assert ((a - b).abs() <= 2 * bound).all()
 
 
@@ -144,7 +146,8 @@ def test_deepcopy_and_pickle_continue_with_the_same_bits(name: str, variant: dic
     copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
     run(optimizer, params, 3, first_seed=3)
     for other in copies:
-        others = other.param_groups[0]["params"]
+        copied = dict(zip(optimizer._parameters(), other._parameters(), strict=True))
+        others = [copied[parameter] for parameter in params]
         run(other, others, 3, first_seed=3)
         assert_same(params, others)
 
@@ -215,10 +218,8 @@ def test_parameters_without_gradients_are_left_alone_and_their_counts_wait(
                 parameter.grad = gradient.clone() if (step + number) % 3 else None
         our_optimizer.step()
         their_optimizer.step()
-    bound = error_bound(
-        name, our_optimizer.param_groups[0], steps=6, smallest=0.5, largest=2.0, parameter=8.0
-    )
-    for a, b in zip(ours, theirs, strict=True):
+    bounds = error_bounds(name, our_optimizer, ours, steps=6, smallest=0.5, largest=2.0, parameter=8.0)
+    for a, b, bound in zip(ours, theirs, bounds, strict=True):
         assert ((a - b).abs() <= 2 * bound).all()
 
 

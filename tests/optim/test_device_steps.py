@@ -10,13 +10,13 @@ import torch
 from mlsys_engine.optim import device_steps, plan
 from mlsys_engine.optim.operands import DeviceLaunch, SentTable
 from tests.optim import arenas
-from tests.optim.variants import every_variant, make
+from tests.optim.variants import elementwise_variants, make
 
 SHAPES = ((3, 5), (0,), (17,), (5000,))
 
 
 @pytest.mark.parametrize("adopted", [False, True])
-@pytest.mark.parametrize(("name", "variant"), every_variant())
+@pytest.mark.parametrize(("name", "variant"), elementwise_variants())
 def test_device_step_gives_the_launch_what_the_cpu_step_uses(
     name: str, variant: dict[str, Any], adopted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

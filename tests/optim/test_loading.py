@@ -63,7 +63,9 @@ def test_named_parameters_in_another_order_find_their_state(
     run(straight, twin, range(3, 6))
     run(loaded, shuffled, range(3, 6))
     assert_same(twin, shuffled)
-    assert loaded.param_groups[0]["param_names"] == [name for name, _ in shuffled]
+    for group in loaded.param_groups:  # Muon makes two of one
+        own = group["param_names"]
+        assert own == [each for each, _ in shuffled if each in own]
 
 
 def test_parameters_that_were_grouped_otherwise_take_their_options_along() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from mlsys_engine.optim import base, device_steps, norms
-from tests.optim.variants import error_bound, every_variant, gradients_for, make
+from mlsys_engine.optim import adafactor, base, device_steps, norms
+from tests.optim.variants import error_bounds, every_variant, gradients_for, make
 
 
 @pytest.fixture
 def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (base, device_steps, norms):
+    for module in (adafactor, base, device_steps, norms):
         monkeypatch.setattr(module, "is_native", lambda device: False)
 
 
@@ -38,10 +38,11 @@ def test_torch_path_agrees_with_the_kernels_and_is_announced_once(
             with monkeypatch.context() as patch:
                 patch.setattr(device_steps, "is_native", lambda device: True)
                 patch.setattr(base, "is_native", lambda device: True)
+                patch.setattr(adafactor, "is_native", lambda device: True)
                 kernels.step_scaled(grad_scale=0.5)
     assert sum("no native kernels for cpu" in str(warning.message) for warning in caught) == 1
-    bound = error_bound(name, optimizer.param_groups[0], steps=4, smallest=0.25, largest=1.0, parameter=2.0)
-    for a, b in zip(slow, native, strict=True):
+    bounds = error_bounds(name, optimizer, slow, steps=4, smallest=0.25, largest=1.0, parameter=2.0)
+    for a, b, bound in zip(slow, native, bounds, strict=True):
         assert ((a - b).abs() <= 2 * bound).all()
     assert optimizer.state_dict()["state"].keys() == kernels.state_dict()["state"].keys()
 

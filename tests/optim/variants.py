@@ -11,6 +11,11 @@ import torch
 from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, optimizer_class
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "adafactor": [
+        {"lr": 1e-2},
+        {"lr": 1e-2, "maximize": True, "weight_decay": 0.3, "eps": (1e-6, 0.1), "d": 1.5},
+        {"lr": 1e-3, "beta2_decay": -0.5},
+    ],
     "adagrad": [
         {"lr": 1e-2},
         {"lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.5},
@@ -32,6 +37,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lion": [
         {"lr": 1e-2},
         {"lr": 1e-2, "maximize": True, "weight_decay": 0.3, "betas": (0.95, 0.98)},
+    ],
+    "muon": [
+        {"lr": 1e-2, "momentum": 0.5},
+        {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "maximize": True, "adamw_lr": 2e-2},
+        {"lr": 1e-3, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
     ],
     "schedule_free_adamw": [
         {"lr": 1e-2},
@@ -58,6 +68,11 @@ def every_variant() -> list[Any]:
     ]
 
 
+def elementwise_variants() -> list[Any]:
+    """Those of the rules that work element by element, wherever a parameter is cut."""
+    return [param for param in every_variant() if optimizer_class(param.values[0]).elementwise]
+
+
 def shardable_variants() -> list[Any]:
     """Those of the rules that step any part of a parameter by itself."""
     return [param for param in every_variant() if optimizer_class(param.values[0]).shardable]
@@ -80,6 +95,12 @@ def error_bound(
     ln 2.
     """
     return steps * EPSILON * UPDATE_ERRORS[name](group, steps, smallest, largest, parameter)
+
+
+def error_bounds(name: str, optimizer: NativeOptimizer, params: list[Any], **data: Any) -> list[float]:
+    """The bound of each parameter's own group."""
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    return [error_bound(name, groups[parameter], **data) for parameter in params]
 
 
 def _adamw(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
@@ -108,6 +129,34 @@ def _adagrad(group: dict[str, Any], steps: int, smallest: float, largest: float,
     root; the ratio is at most 1, and 8 covers the decay term, root, sum, quotient, product and scalars.
     """
     return 2 * (group["lr"] * (1.5 * steps + 8) + 2 * parameter)
+
+
+def _adafactor(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """Means are of positive terms: each step rounds them three times, so the variance, their product, is off
+    by at most (6 steps + 6) e of itself and the update by half of that and 10 e for its own operations. A
+    mean lies in [g^2, G^2], so |update| <= R^2, times lr |p|. The step size carries p's own error on: in the
+    root mean square by a factor of 1 + lr a step, e^(lr steps) <= e in all, which lr R^2 a step gives to an
+    element.
+    """
+    ratio = (largest / smallest) ** 2
+    own = group["lr"] * parameter * ratio * (3 * steps + 13) + 2 * parameter
+    return float(own * (1 + steps * group["lr"] * ratio * 2.72))
+
+
+def _muon(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """The momentum is off by at most (4 / (1 - m) + 6) e G, of a matrix whose root mean square is at least (1
+    - m) g for these data. The quintic's slope is at most 3.45 in [0, 1.1], so k rounds amplify what enters by
+    3.45^k; each of them rounds sums of up to 64 products of entries below 1.2 three times, in e 3 * 64 *
+    1.2^5 of the norm, sqrt(3) for at most 3 rows. The update is lr times the ratio times that; p is rounded
+    twice.
+    """
+    if not group["use_muon"]:
+        return _adamw(group, steps, smallest, largest, parameter)
+    slope, rest = 3.45, 1 - group["momentum"]
+    entering = (4 / rest + 6) * largest / (rest * smallest) * slope ** group["ns_steps"]
+    rounded = 3 * 64 * 1.2**5 * sum(slope**k for k in range(group["ns_steps"])) * 3**0.5
+    ratio = 0.2 * 8 if group["adjust_lr_fn"] == "match_rms_adamw" else (64 / 3) ** 0.5
+    return float(group["lr"] * ratio * (entering + rounded) + 2 * parameter)
 
 
 def _lion(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
@@ -147,10 +196,12 @@ def _sgd(group: dict[str, Any], steps: int, smallest: float, largest: float, par
 
 
 UPDATE_ERRORS: dict[str, Callable[[dict[str, Any], int, float, float, float], float]] = {
+    "adafactor": _adafactor,
     "adagrad": _adagrad,
     "adam": _adam,
     "adamw": _adamw,
     "lion": _lion,
+    "muon": _muon,
     "schedule_free_adamw": _schedule_free,
     "sgd": _sgd,
 }

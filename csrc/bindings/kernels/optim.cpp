@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "bindings/kernels/checks.h"
+#include "optim/adafactor.h"
 #include "optim/launch.h"
 #include "optim/step.h"
 
@@ -63,6 +64,27 @@ void step_table_by_control(const Tensor& table, const Tensor& hyper, const Tenso
   if (scalars[1] == 0.0) step_table<step>(table, hyper, steps, scalars[0]);
 }
 
+void adafactor_table(const Tensor& table, const Tensor& hyper, const Tensor& steps, double grad_scale) {
+  check_flat(table, ScalarType::Long, "adafactor_step", "table");
+  check_flat(hyper, ScalarType::Double, "adafactor_step", "hyper");
+  check_flat(steps, ScalarType::Float, "adafactor_step", "steps");
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kAdafactorColumns && hyper.dim() == 2 &&
+                      hyper.size(1) == kHyperColumns,
+                  "adafactor_step: table is ", describe(table), " and hyper is ", describe(hyper),
+                  ". [tensors, ", kAdafactorColumns, "] and [rows, ", kHyperColumns,
+                  "] are expected. Build them with mlsys_engine.optim.adafactor.");
+  const auto* tensors = static_cast<const AdafactorTensor*>(table.const_data_ptr());
+  for (int64_t i = 0; i < table.size(0); ++i) {
+    STD_TORCH_CHECK(tensors[i].hyper_row >= 0 && tensors[i].hyper_row < hyper.size(0) &&
+                        tensors[i].step_index >= 0 && tensors[i].step_index < steps.numel(),
+                    "adafactor_step: tensor ", i, " names hyper row ", tensors[i].hyper_row, " and step ",
+                    tensors[i].step_index, ". There are ", hyper.size(0), " rows and ", steps.numel(),
+                    " steps. Build the table with mlsys_engine.optim.adafactor.");
+  }
+  adafactor_step({tensors, table.size(0), static_cast<const double*>(hyper.const_data_ptr()),
+                  static_cast<const float*>(steps.const_data_ptr()), grad_scale, torch_pool});
+}
+
 void sum_of_squares_cpu(const Tensor& spans, const Tensor& out, int64_t form) {
   check_spans("sum_of_squares", spans, out, 1, /*on_cpu=*/true);
   *static_cast<double*>(out.mutable_data_ptr()) =
@@ -92,8 +114,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mlsys, m) {
   m.def(#rule "_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()"); \
   m.def(#rule                                                                             \
         "_step.device(Tensor table, Tensor hyper, Tensor steps, Tensor control, int total_chunks) -> ()");
-  MLSYS_ELEMENT_RULES(MLSYS_DEFINE)
+  MLSYS_STEP_RULES(MLSYS_DEFINE)
 #undef MLSYS_DEFINE
+  m.def("adafactor_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
   m.def("stream_probe_step(Tensor table, Tensor hyper, Tensor steps, float grad_scale) -> ()");
 }
 
@@ -106,7 +129,8 @@ STABLE_TORCH_LIBRARY_IMPL(mlsys, CPU, m) {
 #define MLSYS_IMPLEMENT(rule)                                 \
   m.impl(#rule "_step", TORCH_BOX(&step_table<rule##_step>)); \
   m.impl(#rule "_step.device", TORCH_BOX(&step_table_by_control<rule##_step>));
-  MLSYS_ELEMENT_RULES(MLSYS_IMPLEMENT)
+  MLSYS_STEP_RULES(MLSYS_IMPLEMENT)
 #undef MLSYS_IMPLEMENT
+  m.impl("adafactor_step", TORCH_BOX(&adafactor_table));
   m.impl("stream_probe_step", TORCH_BOX(&step_table<stream_probe_step>));
 }

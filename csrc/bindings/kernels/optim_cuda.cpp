@@ -67,7 +67,7 @@ STABLE_TORCH_LIBRARY_IMPL(mlsys, CUDA, m) {
   using namespace mlsys;
   using namespace mlsys::bindings;
 #define MLSYS_IMPLEMENT(rule) m.impl(#rule "_step.device", TORCH_BOX(&step_table_cuda<cuda::rule##_step>));
-  MLSYS_ELEMENT_RULES(MLSYS_IMPLEMENT)
+  MLSYS_STEP_RULES(MLSYS_IMPLEMENT)
 #undef MLSYS_IMPLEMENT
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares_cuda));
   m.impl("chunk_squares", TORCH_BOX(&chunk_squares_cuda));
