@@ -40,9 +40,7 @@ class Case:
     run: Callable[[], object]
     bytes_stored: float  # a parameter, with parameter and gradient
     parameter: Tensor
-    tolerance: (
-        float  # of parameters against the first system's, relative to their size and movement
-    )
+    tolerance: float  # of parameters against the first system's, relative to their size and movement
 
 
 @dataclass(frozen=True)

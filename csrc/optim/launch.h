@@ -20,9 +20,11 @@ struct StepArguments;
   X(schedule_free_adamw)       \
   X(sgd)
 
-// And those that are parts of a rule: they have operators, and no tile steps.
+// And those that need whole tensors, and the parts of such a rule: they have operators, and no tile steps.
 #define MLSYS_STEP_RULES(X) \
   MLSYS_ELEMENT_RULES(X)    \
+  X(lamb)                   \
+  X(lars)                   \
   X(muon_momentum)          \
   X(muon_apply)
 

@@ -31,6 +31,11 @@ struct StepArguments {
   ParallelFor pool;
 };
 
+// Whether a rule changes the parameter alone and does not read the gradient (tensor_step.h): saves their
+// traffic.
+template <class Rule>
+constexpr bool kOnlyParam = requires { Rule::kOnlyParam; };
+
 // The rule on elements [begin, end) of float arrays.
 template <class Rule, bool kPrefetch>
 struct RuleLoop {
@@ -55,7 +60,7 @@ struct RuleLoop {
     for (; done + kBlock <= count; done += kBlock) {
       if constexpr (kPrefetch) {
         prefetch(p + done + kAhead);
-        prefetch(g + done + kAhead);
+        if constexpr (!kOnlyParam<Rule>) prefetch(g + done + kAhead);
         if constexpr (Rule::kNumStates > 0) prefetch(m0 + done + kAhead);
         if constexpr (Rule::kNumStates > 1) prefetch(m1 + done + kAhead);
         if constexpr (Rule::kNumStates > 2) prefetch(m2 + done + kAhead);
@@ -80,8 +85,9 @@ struct RuleLoop {
     if constexpr (Rule::kNumStates > 0) state[0] = m0[i];
     if constexpr (Rule::kNumStates > 1) state[1] = m1[i];
     if constexpr (Rule::kNumStates > 2) state[2] = m2[i];
-    Rule::update(s, g[i], value, state);
+    Rule::update(s, kOnlyParam<Rule> ? 0.0f : g[i], value, state);
     p[i] = value;
+    if constexpr (kOnlyParam<Rule>) return;
     if constexpr (Rule::kNumStates > 0) m0[i] = state[0];
     if constexpr (Rule::kNumStates > 1) m1[i] = state[1];
     if constexpr (Rule::kNumStates > 2) m2[i] = state[2];

@@ -126,4 +126,17 @@ void apply_segments(const StepArguments& args, const double* sums) {
   });
 }
 
+// Both sweeps, over tensors that are here as a whole.
+template <class Measure, class Apply>
+void step_tensors(const StepArguments& args) {
+  int64_t num_tensors = 0;
+  for (int64_t i = 0; i < args.num_segments; ++i) {
+    num_tensors = std::max(num_tensors, args.segments[i].tensor + 1);
+  }
+  std::vector<double> sums(static_cast<size_t>(num_tensors * kTensorSums));
+  check_states<Apply>(args);  // before the moments change
+  measure_segments<Measure>(args, sums.data(), num_tensors);
+  apply_segments<Apply>(args, sums.data());
+}
+
 }  // namespace mlsys

@@ -9,6 +9,8 @@ from mlsys_engine.optim.averaging import averaged_weights
 from mlsys_engine.optim.base import NativeOptimizer
 from mlsys_engine.optim.formats import Precision
 from mlsys_engine.optim.in_backward import StepInBackward, step_in_backward
+from mlsys_engine.optim.lamb import LAMB
+from mlsys_engine.optim.lars import LARS
 from mlsys_engine.optim.lion import Lion
 from mlsys_engine.optim.loss_scaler import LossScaler
 from mlsys_engine.optim.muon import Muon
@@ -19,6 +21,8 @@ from mlsys_engine.optim.schedule_free_adamw import ScheduleFreeAdamW
 from mlsys_engine.optim.sgd import SGD
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "OPTIMIZERS",
     "SGD",
     "Adafactor",

@@ -172,7 +172,12 @@ class StepAdvance:
 
 
 def arena_segments(optimizer: NativeOptimizer, rows: Sequence[Row]) -> ArenaSegments | None:
-    """The rows as runs of adopted slots, when all of them are adopted and plain float32."""
+    """The rows as runs of adopted slots, when all of them are adopted and plain float32.
+
+    Rules that need whole tensors have a segment a tensor, wherever it lies.
+    """
+    if not optimizer.elementwise:
+        return None
     arena_of = {parameter: arena for arena in optimizer._adopted for parameter in arena.order}
     if not all(row.parameter in arena_of and row.form.is_plain for row in rows):
         return None

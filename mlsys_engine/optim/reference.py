@@ -97,6 +97,35 @@ def adafactor(parameter: Tensor, gradient: Tensor, state: State, group: MutableM
     return parameter * (1 - lr * group["weight_decay"]) - size / clipped * update
 
 
+def lamb(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
+    """You et al. 2020, algorithm 2; an excluded tensor steps without decay and without scaling."""
+    gradient = -gradient if group["maximize"] else gradient
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
+    step = state["step"] = state.get("step", 0) + 1
+    first = state["exp_avg"] = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * gradient
+    second = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * gradient**2
+    update = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + group["eps"])
+    if group["exclude"]:
+        return parameter - lr * update
+    update = update + group["weight_decay"] * parameter
+    size, slope = parameter.norm(), update.norm()
+    trust = size / slope if size != 0 and slope != 0 else 1.0
+    return parameter - lr * trust * update
+
+
+def lars(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
+    """You, Gitman & Ginsburg 2017, algorithm 1; an excluded tensor takes momentum alone."""
+    gradient = -gradient if group["maximize"] else gradient
+    rate, momentum = float(group["lr"]), group["momentum"]
+    decay = 0.0 if group["exclude"] else group["weight_decay"]
+    size, slope = parameter.norm(), gradient.norm()
+    if not group["exclude"] and size != 0 and slope != 0:
+        rate = rate * group["trust"] * size / (slope + decay * size)
+    step = rate * (gradient + decay * parameter if decay else gradient)
+    buffer = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0.0) + step
+    return parameter - (step + momentum * buffer if group["nesterov"] else buffer)
+
+
 def lion(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
     """Chen et al. 2023, algorithm 2. `state["mixed"]` keeps what the last sign was taken of."""
     gradient = -gradient if group["maximize"] else gradient
@@ -158,6 +187,8 @@ REFERENCES: dict[str, Callable[[Tensor, Tensor, State, MutableMapping[str, Any]]
     "adagrad": adagrad,
     "adam": adam,
     "adamw": adamw,
+    "lamb": lamb,
+    "lars": lars,
     "lion": lion,
     "muon": muon,
     "schedule_free_adamw": schedule_free_adamw,

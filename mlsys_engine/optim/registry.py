@@ -12,6 +12,8 @@ OPTIMIZERS = {
     "adagrad": "mlsys_engine.optim.adagrad:Adagrad",
     "adam": "mlsys_engine.optim.adam:Adam",
     "adamw": "mlsys_engine.optim.adamw:AdamW",
+    "lamb": "mlsys_engine.optim.lamb:LAMB",
+    "lars": "mlsys_engine.optim.lars:LARS",
     "lion": "mlsys_engine.optim.lion:Lion",
     "muon": "mlsys_engine.optim.muon:Muon",
     "schedule_free_adamw": "mlsys_engine.optim.schedule_free_adamw:ScheduleFreeAdamW",

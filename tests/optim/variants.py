@@ -34,6 +34,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"lr": 1e-2, "betas": (0.0, 0.9)},
         {"lr": 1e-2, "betas": (0.9, 0.9), "amsgrad": True},
     ],
+    "lamb": [
+        {"lr": 1e-3},
+        {"lr": 1e-3, "maximize": True, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-8},
+        {"lr": 1e-3, "weight_decay": 0.0},
+    ],
+    "lars": [
+        {"lr": 1e-1, "trust": 0.02},
+        {"lr": 1e-1, "maximize": True, "weight_decay": 0.1, "trust": 0.01, "nesterov": True},
+        {"lr": 1e-2, "momentum": 0.0, "trust": 0.5},
+    ],
     "lion": [
         {"lr": 1e-2},
         {"lr": 1e-2, "maximize": True, "weight_decay": 0.3, "betas": (0.95, 0.98)},
@@ -159,6 +169,29 @@ def _muon(group: dict[str, Any], steps: int, smallest: float, largest: float, pa
     return float(group["lr"] * ratio * (entering + rounded) + 2 * parameter)
 
 
+def _lamb(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """The ratio as AdamW's, an element of at most R + decay |p|; the trust ratio is at most |p| / (g / G),
+    for the update's root mean square is at least 1 / R of one gradient's when no decay opposes it, and it is
+    off by the relative error of the norms, which are in double: those of p and u themselves. Errors of p
+    return through both, in the root mean square by lr (1 + R) a step, e^(steps lr (1 + R)) < 2 in all.
+    """
+    ratio = largest / smallest
+    trust = 1.0 if group["exclude"] else parameter * ratio / (1 - group["betas"][0])
+    error = ratio * (4 / (1 - group["betas"][0]) + 2.5 * steps + 8) + 6 * group["weight_decay"] * parameter
+    return float(2 * (2 * group["lr"] * trust * error + 2 * parameter))
+
+
+def _lars(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
+    """A step is the rate, at most lr trust |p| / g of a tensor's root mean squares, times G + decay |p|,
+    rounded eight times; the buffer holds 1 / (1 - m) of them, each rounded twice more, and so does Nesterov.
+    An error of p returns through the rate: lr trust (G / g + decay |p|) / (1 - m) a step, at most doubling it
+    here.
+    """
+    rate = group["lr"] * (1.0 if group["exclude"] else max(1.0, group["trust"] * parameter / smallest))
+    step = rate * (largest + group["weight_decay"] * parameter)
+    return float(2 * (2 * 10 * step / (1 - group["momentum"]) ** 2 + 2 * parameter))
+
+
 def _lion(group: dict[str, Any], steps: int, smallest: float, largest: float, parameter: float) -> float:
     """The step is lr, rounded once; decay's constant and product and the sum round p three times. Elements
     whose sign is undecided are another matter: see `lion_may_flip`.
@@ -200,6 +233,8 @@ UPDATE_ERRORS: dict[str, Callable[[dict[str, Any], int, float, float, float], fl
     "adagrad": _adagrad,
     "adam": _adam,
     "adamw": _adamw,
+    "lamb": _lamb,
+    "lars": _lars,
     "lion": _lion,
     "muon": _muon,
     "schedule_free_adamw": _schedule_free,

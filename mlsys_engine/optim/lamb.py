@@ -1,0 +1,96 @@
+"""LAMB (You et al. 2020): AdamW for very large batches, each tensor's step scaled to its own norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from mlsys_engine.optim.checks import check_flag_is_off, check_range
+from mlsys_engine.optim.formats import Precision
+from mlsys_engine.optim.tensor_rule import TensorRule, norms, ratio_or_one
+
+
+class LAMB(TensorRule):
+    """LAMB: on float32 parameters 40 bytes moved and 16 stored a parameter, in two sweeps; torch has none.
+
+    The step lr * |p| / |u| * u with u = m / (sqrt(v) + eps) + decay * p, moments corrected for their start.
+    Biases and the weights of norms are neither decayed nor scaled: see `exclude` of TensorRule.
+    """
+
+    rule: ClassVar[str] = "lamb"
+    counts_steps: ClassVar[bool] = True
+    moment_kinds: ClassVar[Mapping[str, str]] = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        **precision: Unpack[Precision],
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "differentiable": False,
+                "exclude": False,
+            },
+            precision,
+        )
+
+    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+        beta1, beta2 = group["betas"]
+        return (
+            group["lr"],
+            beta1,
+            beta2,
+            group["eps"],
+            0.0 if group["exclude"] else group["weight_decay"],
+            -1.0 if group["maximize"] else 1.0,
+            0.0 if group["exclude"] else 1.0,
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"])
+        for index, beta in enumerate(group["betas"]):
+            check_range(f"betas[{index}]", beta, below=1.0)
+        check_range("eps", group["eps"])
+        check_range("weight_decay", group["weight_decay"])
+        check_flag_is_off(group, "differentiable", "Switch it off.")
+
+    def torch_step(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
+    ) -> None:
+        lr, beta1, beta2, eps, decay, sign, adapt = self.hyper_row(group)
+        states = [self.state[parameter] for parameter in params]
+        first = [state["exp_avg"] for state in states]
+        second = [state["exp_avg_sq"] for state in states]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        grads = list(torch._foreach_mul(grads, sign))
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        updates = []
+        for parameter, state in zip(params, states, strict=True):
+            bias1, bias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+            root = (state["exp_avg_sq"] / bias2).sqrt_().add_(eps)
+            updates.append(state["exp_avg"] / bias1 / root + decay * parameter)
+        sizes = zip(norms(params), norms(updates), strict=True)
+        scales = [lr * ratio_or_one(top, bottom) if adapt else lr for top, bottom in sizes]
+        for parameter, update, scale in zip(params, updates, scales, strict=True):
+            parameter.sub_(scale * update)
