@@ -76,19 +76,20 @@ class LAMB(TensorRule):
     def torch_step(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
     ) -> None:
-        lr, beta1, beta2, eps, decay, sign, adapt = self.hyper_row(group)
+        lr, (beta1, beta2), adapt = group["lr"], group["betas"], not group["exclude"]
+        decay = group["weight_decay"] if adapt else 0.0
         states = [self.state[parameter] for parameter in params]
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
         torch._foreach_add_([state["step"] for state in states], 1)
-        grads = list(torch._foreach_mul(grads, sign))
+        grads = list(torch._foreach_neg(grads)) if group["maximize"] else grads
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
         updates = []
         for parameter, state in zip(params, states, strict=True):
             bias1, bias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-            root = (state["exp_avg_sq"] / bias2).sqrt_().add_(eps)
+            root = (state["exp_avg_sq"] / bias2).sqrt_().add_(group["eps"])
             updates.append(state["exp_avg"] / bias1 / root + decay * parameter)
         sizes = zip(norms(params), norms(updates), strict=True)
         scales = [lr * ratio_or_one(top, bottom) if adapt else lr for top, bottom in sizes]

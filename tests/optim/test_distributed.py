@@ -29,9 +29,9 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mlsys_engine.errors import CheckpointError, ConfigError
-from mlsys_engine.optim import OPTIMIZERS, AdamW, clip_scale, step_in_backward
+from mlsys_engine.optim import AdamW, clip_scale, step_in_backward
 from tests.optim.peers import TORCH_PEERS, make_peer
-from tests.optim.variants import VARIANTS, gradients_for, make
+from tests.optim.variants import ELEMENTWISE, VARIANTS, gradients_for, make
 
 WIDTH, HIDDEN = 5, 7  # neither divides by the number of ranks; the last layer's one row leaves a rank empty
 
@@ -120,7 +120,7 @@ def _shards_step_as_the_whole(rank: int, world_size: int) -> None:
         ((), [Replicate()]),
         ((4100, 3), [Shard(0)]),
     ]
-    for name in OPTIMIZERS:
+    for name in ELEMENTWISE:
         generator = torch.Generator().manual_seed(5)
         whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in layouts]
         shards = [

@@ -13,7 +13,7 @@ from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, averaged_weights, optimizer_class
 from mlsys_engine.optim.formats import Stored
 from mlsys_engine.optim.storage import away, decoded, encoded, joined, remainder_of
-from tests.optim.variants import VARIANTS, gradients_for, make
+from tests.optim.variants import VARIANTS, WITH_FORMS, gradients_for, make
 
 SHAPE = (37, 129)  # no multiple of a vector, a code block or a block of the cache
 SPECIAL = torch.tensor(
@@ -57,7 +57,7 @@ def test_a_float_is_the_sum_of_its_two_halves_for_every_kind_of_float() -> None:
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", WITH_FORMS)
 def test_a_split_master_an_fp32_master_and_an_fp32_parameter_have_one_trajectory(
     name: str, moments: str
 ) -> None:
@@ -227,7 +227,7 @@ def test_a_split_master_of_float16_is_refused() -> None:
 
 
 @pytest.mark.parametrize("moments", ["bf16", "int8"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", WITH_FORMS)
 def test_state_restored_in_the_middle_goes_on_with_the_same_bits(name: str, moments: str) -> None:
     options = {**VARIANTS[name][-1], "moments": moments, "ema": 0.99}
     parameter = start(torch.bfloat16)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, optimizer_class
+from mlsys_engine.optim import NativeOptimizer, optimizer_class
 from mlsys_engine.optim.state import ensure_state
 from tests.optim.peers import TORCH_PEERS, make_peer
-from tests.optim.variants import VARIANTS, gradients_for, make
+from tests.optim.variants import ELEMENTWISE, VARIANTS, gradients_for, make
 
 SHAPES = ((5, 13), (130,), (4, 33), (0,), ())
 MASTERS = (None, "split", "fp32")
@@ -70,7 +70,7 @@ FORMS = [(master, moments) for master in MASTERS for moments in MOMENTS]
 
 
 @pytest.mark.parametrize(("master", "moments"), FORMS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_state_saved_in_any_form_continues_in_it_with_the_same_bits(
     name: str, master: str | None, moments: str
 ) -> None:
@@ -89,7 +89,7 @@ def test_state_saved_in_any_form_continues_in_it_with_the_same_bits(
 
 
 @pytest.mark.parametrize(("before", "after"), [("split", "fp32"), ("fp32", "split")])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_split_and_fp32_masters_are_exchanged_without_losing_a_bit(
     name: str, before: str, after: str
 ) -> None:
@@ -113,7 +113,7 @@ def test_split_and_fp32_masters_are_exchanged_without_losing_a_bit(
 def changes() -> list[Any]:
     """Every form into every other with AdamW; with the other rules each form into one other."""
     made = []
-    for name in OPTIMIZERS:
+    for name in ELEMENTWISE:
         for number, source in enumerate(FORMS):
             targets = FORMS if name == "adamw" else [FORMS[(2 * number + 4) % len(FORMS)]]
             made += [pytest.param(name, source, target, id=f"{name}-{source}-{target}") for target in targets]

@@ -69,6 +69,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 EPSILON = 2.0**-24  # half a unit in the last place of float32, relative: the error of one rounding
 
 
+# Rules that step any part of a parameter by itself, and those that step every stored form.
+ELEMENTWISE = [name for name in OPTIMIZERS if optimizer_class(name).elementwise]
+WITH_FORMS = [name for name in OPTIMIZERS if name not in {"adafactor", "muon"}]
+
+
 def every_variant() -> list[Any]:
     """(name, hyper-parameters) of every registered optimizer; a new one without variants fails here."""
     return [
