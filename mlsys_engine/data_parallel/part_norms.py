@@ -103,15 +103,17 @@ class PartNorms:
         *,
         big_squared: torch.Tensor,
         count: torch.Tensor,
-        loss_scale: torch.Tensor,
+        loss_scale: torch.Tensor | None,
     ) -> torch.Tensor:
         """Tells the meter and returns its present value, without waiting for the device.
 
         totals: of all ranks. big_squared: squared norm of the mean gradient over all `count` items, unscaled.
-        loss_scale: what the gradients of the parts are multiplied by.
+        loss_scale: what the gradients of the parts are multiplied by, if anything.
         """
         squares, inverse_counts, num_parts = totals.unbind()
-        small_squared = squares / num_parts / loss_scale.to(torch.float64).square()
+        small_squared = squares / num_parts
+        if loss_scale is not None:
+            small_squared = small_squared / loss_scale.to(torch.float64).square()
         self.meter.update(small_squared, big_squared, num_parts / inverse_counts, count)
         return self.meter.value()
 

@@ -157,12 +157,14 @@ class DataParallelRunner:
     def _finish_step(self, clock: _Clock) -> StepResult:
         loss_sum, count = self._statistics.loss_sum, self._statistics.count
         squares = self._update.sum_of_squares()
-        loss_scale = self._scaler.current(count.device) if self._scaler is not None else count.new_ones(())
-        scale = gradient_scale(squares, count * loss_scale, self._max_grad_norm)
+        # Of this step: the update below writes into the scaler's own.
+        loss_scale = None if self._scaler is None else self._scaler.current(count.device).clone()
+        divisor = count if loss_scale is None else count * loss_scale
+        scale = gradient_scale(squares, divisor, self._max_grad_norm)
         self._update.step(scale)
         measured = {}
-        if self._scaler is not None:
-            measured["loss_scale"] = loss_scale = loss_scale.clone()  # of this step: the update writes there
+        if self._scaler is not None and loss_scale is not None:
+            measured["loss_scale"] = loss_scale
             self._scaler.observe(~torch.isfinite(squares))  # of the reduced gradient, so all ranks agree
             self._scaler.update()
         if self._parts is not None and self._part_totals is not None:

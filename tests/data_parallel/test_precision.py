@@ -190,10 +190,17 @@ def _invariant(rank, world_size, precision):
     for step in range(5):
         leaves = range(rank * each, (rank + 1) * each)
         losses.append(runner.step([pairs(2, seed=10 * step + leaf) for leaf in leaves]).loss.item())
-    return losses, weights_of(model)
+    return losses, {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "bf16",
+        pytest.param("fp16", marks=pytest.mark.slow),
+        pytest.param("bf16-pure", marks=pytest.mark.slow),
+    ],
+)
 def test_world_invariant_numerics_hold_under_autocast(run_ranks, precision):
     losses, weights = run_ranks(_invariant, 1, precision)[0]
     for values in run_ranks(_invariant, 2, precision):
