@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
+from torch.optim.adagrad import adagrad as torch_adagrad
 from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.optim.base import NativeOptimizer
@@ -91,7 +92,7 @@ class Adagrad(NativeOptimizer):
         for state, is_fresh in zip(states, fresh, strict=True):
             if is_fresh:
                 state["sum"].fill_(group["initial_accumulator_value"])
-        torch.optim.adagrad.adagrad(
+        torch_adagrad(
             params,
             grads,
             [state["sum"] for state in states],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor
+from torch.optim.adam import adam as torch_adam
 from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.optim.base import NativeOptimizer
@@ -88,7 +88,7 @@ class Adam(NativeOptimizer):
     ) -> None:
         states = [self.state[parameter] for parameter in params]
         beta1, beta2 = group["betas"]
-        torch.optim.adam.adam(
+        torch_adam(
             params,
             grads,
             [state["exp_avg"] for state in states],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.errors import ConfigError
@@ -93,7 +93,7 @@ class AdamW(NativeOptimizer):
     ) -> None:
         states = [self.state[parameter] for parameter in params]
         beta1, beta2 = group["betas"]
-        torch.optim.adamw.adamw(
+        torch_adamw(
             params,
             grads,
             [state["exp_avg"] for state in states],

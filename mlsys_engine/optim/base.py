@@ -41,6 +41,8 @@ class NativeOptimizer(torch.optim.Optimizer):
     moment_kinds: ClassVar[Mapping[str, str]] = MappingProxyType({})
     elementwise: ClassVar[bool] = True  # rule: whether any part of a parameter steps by itself
     shardable: ClassVar[bool] = True  # rule: whether that takes nothing but segments and hyper rows
+    separable: ClassVar[bool] = True  # rule: whether parameters may step one by one, each by its own segment
+    steps_dtensors: ClassVar[bool] = False  # rule, not elementwise: whether torch_step works on DTensors
     defaults: Group
 
     _step_supports_amp_scaling: ClassVar[bool] = True  # torch.amp.GradScaler need not unscale before `step`
@@ -117,7 +119,7 @@ class NativeOptimizer(torch.optim.Optimizer):
                 name, parameter = item if isinstance(item, tuple) else (None, item)
                 if isinstance(parameter, Tensor):
                     label = name or f"Parameter {position} of group {index}"
-                    check_parameter(parameter, label, whole=not self.elementwise)
+                    check_parameter(parameter, label, whole=not (self.elementwise or self.steps_dtensors))
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 

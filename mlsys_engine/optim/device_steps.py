@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlsys_engine.errors import ConfigError
+from mlsys_engine.optim.distributed import is_sharded
 from mlsys_engine.optim.formats import ZERO_GRAD
 from mlsys_engine.optim.kernels import is_native, step_operator
 from mlsys_engine.optim.operands import DeviceLaunch, SentTable, read_hyper
@@ -121,6 +122,7 @@ class TorchStep:
                 'Keep the model in float32 with moments="fp32" and ema=None there.',
             )
         self._rows = rows
+        self._fresh = [row.step == 0 for row in rows]
         self._gradients: list[Tensor] = []
 
     def is_current(self) -> bool:
@@ -145,8 +147,9 @@ class TorchStep:
                     group,
                     [self._rows[i].parameter for i in chosen],
                     [gradients[i] for i in chosen],
-                    [self._rows[i].step == 0 for i in chosen],
+                    [self._fresh[i] for i in chosen],
                 )
+        self._fresh = [False] * len(self._rows)
         if zero_grad:
             torch._foreach_zero_(held)
 
@@ -192,8 +195,9 @@ def zeroing(table: Tensor) -> Tensor:
     return table
 
 
-def make_device_step(optimizer: NativeOptimizer, device: torch.device, rows: Sequence[Row]) -> DeviceStep:
-    """The way to step these rows: native where there are kernels for the device, else torch's."""
-    if device.type == "cpu":
-        return CpuStep(optimizer, rows)
-    return (CudaStep if is_native(device) else TorchStep)(optimizer, rows)
+def make_device_step(optimizer: NativeOptimizer, rows: Sequence[Row]) -> DeviceStep:
+    """The way to step these rows of one device: native where there are kernels for it, else torch's."""
+    device = rows[0].parameter.device
+    if not is_native(device) or is_sharded(rows[0].parameter):
+        return TorchStep(optimizer, rows)
+    return (CpuStep if device.type == "cpu" else CudaStep)(optimizer, rows)

@@ -61,7 +61,7 @@ class StepInBackward:
         self, optimizer: NativeOptimizer, *, max_grad_norm: float | None, clip: str, accumulate: int
     ) -> None:
         _check(max_grad_norm, clip, accumulate)
-        if not optimizer.shardable:
+        if not optimizer.separable:
             raise ConfigError(
                 f"step_in_backward() with {type(optimizer).__name__}.",
                 "It needs a rule that steps each parameter by itself, as AdamW and Lion do.",

@@ -41,6 +41,7 @@ class Muon(NativeOptimizer):
     )  # of its groups; momenta of matrices are exact
     elementwise: ClassVar[bool] = False  # orthogonalisation needs whole matrices
     shardable: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
 
     _parts: MuonParts | None = None
     _arenas: tuple[tuple[FlatArena, FlatArena], ...] = ()

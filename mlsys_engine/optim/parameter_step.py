@@ -24,7 +24,7 @@ class ParameterStep:
         (row,) = ensure_state(optimizer, params, [position])
         self._shard = row.parameter
         self._is_shard = row.parameter is not self._parameter
-        self._part = make_device_step(optimizer, row.parameter.device, [row])
+        self._part = make_device_step(optimizer, [row])
         self._counts, self._adopted = optimizer._steps, optimizer._adopted
         self._state = optimizer.state.get(self._parameter)
         self._values = dict(self._state or {})

@@ -21,17 +21,19 @@ class StepPlan:
     """Which parameters step, on which device, from which segment tables."""
 
     def __init__(self, optimizer: NativeOptimizer, params: list[Tensor], missing: list[bool]) -> None:
-        from_device: dict[torch.device, list[int]] = {}
         positions = [position for position, is_missing in enumerate(missing) if not is_missing]
-        for index, position in enumerate(positions):
-            from_device.setdefault(params[position].device, []).append(index)
         rows = ensure_state(optimizer, params, positions)
+        # Rows that are DTensors themselves, and not this rank's shards, are torch's to step.
+        from_device: dict[tuple[torch.device, bool], list[int]] = {}
+        for index, row in enumerate(rows):
+            place = row.parameter.device, distributed.is_sharded(row.parameter)
+            from_device.setdefault(place, []).append(index)
         self._parts = [
             (
                 indices if len(from_device) > 1 else None,
-                make_device_step(optimizer, device, [rows[index] for index in indices]),
+                make_device_step(optimizer, [rows[index] for index in indices]),
             )
-            for device, indices in from_device.items()
+            for indices in from_device.values()
         ]
         self._params, self._missing = params, missing
         self._sharded = [

@@ -34,6 +34,7 @@ class ScheduleFreeAdamW(NativeOptimizer):
     counts_steps: ClassVar[bool] = True
     moment_kinds: ClassVar[Mapping[str, str]] = {"exp_avg_sq": "unsigned"}  # z are weights
     shardable: ClassVar[bool] = False  # eval() needs the whole of z, and each step the group's own scalars
+    separable: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd as torch_sgd
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim.base import NativeOptimizer
@@ -89,7 +89,7 @@ class SGD(NativeOptimizer):
             None if is_fresh else state.get("momentum_buffer")
             for state, is_fresh in zip(states, fresh, strict=True)
         ]
-        torch.optim.sgd.sgd(
+        torch_sgd(
             params,
             grads,
             buffers,

@@ -96,7 +96,8 @@ def ensure_state(optimizer: NativeOptimizer, params: Sequence[Tensor], positions
         distributed.store_state(parameter, state, (*moments, *LIKE_PARAMETER), own)
     return [
         Row(
-            parameter=home if is_native(home.device) else params[i],  # torch's own step knows DTensors
+            # torch's own step knows DTensors.
+            parameter=home if optimizer.elementwise and is_native(home.device) else params[i],
             moments=tuple(own[name] for name in needs[group_of[i]]),
             group=group_of[i],
             step_index=i,

@@ -19,6 +19,7 @@ class TensorRule(NativeOptimizer):
 
     elementwise: ClassVar[bool] = False
     shardable: ClassVar[bool] = False
+    steps_dtensors: ClassVar[bool] = True
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group; one without `exclude` becomes two where it holds both kinds of parameters."""

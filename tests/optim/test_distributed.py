@@ -29,7 +29,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mlsys_engine.errors import CheckpointError, ConfigError
-from mlsys_engine.optim import AdamW, clip_scale, step_in_backward
+from mlsys_engine.optim import OPTIMIZERS, AdamW, clip_scale, optimizer_class, step_in_backward
 from tests.optim.peers import TORCH_PEERS, make_peer
 from tests.optim.variants import ELEMENTWISE, VARIANTS, gradients_for, make
 
@@ -421,3 +421,49 @@ def _refusals(rank: int, world_size: int) -> None:
 
 def test_partial_parameters_and_gradients_laid_out_otherwise_are_refused(run_ranks: Any) -> None:
     run_ranks(_refusals, 2)
+
+
+# ---- rules that need whole tensors
+
+
+def _tensor_rules(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    layouts: list[tuple[tuple[int, ...], Any]] = [
+        ((9, 3), [Shard(0)]),
+        ((3, 8), [Shard(1)]),
+        ((1, 4), [Shard(0)]),
+        ((6, 5), [Replicate()]),
+        ((7,), [Shard(0)]),
+    ]
+    for name in OPTIMIZERS:
+        rule = optimizer_class(name)
+        if rule.elementwise:
+            continue
+        generator = torch.Generator().manual_seed(5)
+        whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in layouts]
+        shards = [
+            nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements))
+            for p, (_, placements) in zip(whole, layouts, strict=True)
+        ]
+        if not rule.steps_dtensors:
+            with pytest.raises(ConfigError, match="whole tensors"):
+                make(name, shards, VARIANTS[name][0])
+            continue
+        both, alone = make(name, shards, VARIANTS[name][-1]), make(name, whole, VARIANTS[name][-1])
+        for step in range(3):
+            for number, (a, b) in enumerate(zip(shards, whole, strict=True)):
+                b.grad = gradients_for(tuple(b.shape), 1, seed=100 * step + number)[0]
+                a.grad = distribute_tensor(b.grad, mesh, layouts[number][1])
+            scale = torch.tensor(0.5, dtype=torch.float64)
+            both.step_scaled(grad_scale=scale)
+            both.step_scaled(skip=torch.tensor(True))
+            alone.step_scaled(grad_scale=scale)
+        for a, b in zip(shards, whole, strict=True):
+            # torch rounds each operation where the kernel does; norms are in double in both.
+            assert ((a.full_tensor() - b).abs() <= 3 * 40 * 2.0**-24 * (1.0 + b.abs())).all(), name
+        for state, other in zip(both.state.values(), alone.state.values(), strict=True):
+            assert state.keys() == other.keys()
+
+
+def test_rules_of_whole_tensors_step_dtensors_by_torch_or_refuse_them(run_ranks: Any) -> None:
+    run_ranks(_tensor_rules, 2)

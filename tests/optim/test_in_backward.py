@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.optim import NativeOptimizer, clip_scale, step_in_backward
-from tests.optim.variants import make, shardable_variants
+from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, clip_scale, optimizer_class, step_in_backward
+from tests.optim.variants import every_variant, make
 
 WIDTH = 9
+SEPARABLE = [param for param in every_variant() if optimizer_class(param.values[0]).separable]
 
 
 class Tied(nn.Module):
@@ -62,7 +63,7 @@ def pair(name: str, variant: dict[str, Any]) -> tuple[nn.Module, NativeOptimizer
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize(("name", "variant"), shardable_variants())
+@pytest.mark.parametrize(("name", "variant"), SEPARABLE)
 def test_weights_and_state_have_the_bits_of_ordinary_steps(
     name: str, variant: dict[str, Any], accumulate: int
 ) -> None:
@@ -79,7 +80,7 @@ def test_weights_and_state_have_the_bits_of_ordinary_steps(
     assert_same_state(optimizer, ordinary)
 
 
-@pytest.mark.parametrize(("name", "variant"), shardable_variants())
+@pytest.mark.parametrize(("name", "variant"), SEPARABLE)
 def test_two_passes_clip_with_the_bits_of_norm_then_scaled_step(name: str, variant: dict[str, Any]) -> None:
     ours, optimizer, plain, ordinary = pair(name, variant)
     handle = step_in_backward(optimizer, max_grad_norm=1e-2, clip="two_pass", accumulate=2)
@@ -108,7 +109,7 @@ def test_two_passes_clip_with_the_bits_of_norm_then_scaled_step(name: str, varia
     assert calls[0] == calls[1] != calls[2]  # both passes draw the same numbers
 
 
-@pytest.mark.parametrize(("name", "variant"), shardable_variants())
+@pytest.mark.parametrize(("name", "variant"), SEPARABLE)
 def test_clipping_by_the_previous_norm_measures_first_and_then_lags_one_step(
     name: str, variant: dict[str, Any]
 ) -> None:
@@ -317,6 +318,12 @@ def test_checkpointed_layers_step_once_a_backward() -> None:
 def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         step_in_backward(make("sgd", [nn.Parameter(torch.ones(2))], {}), **options)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not optimizer_class(name).separable])
+def test_rules_whose_step_is_more_than_their_parameters_own_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="each parameter by itself"):
+        step_in_backward(make(name, [nn.Parameter(torch.ones(2, 2))], {}))
 
 
 def test_misuse_of_the_two_passes_is_refused() -> None:
