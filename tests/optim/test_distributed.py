@@ -29,7 +29,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mlsys_engine.errors import CheckpointError, ConfigError
-from mlsys_engine.optim import OPTIMIZERS, AdamW, clip_scale, optimizer_class, step_in_backward
+from mlsys_engine.optim import OPTIMIZERS, AdamW, LossScaler, clip_scale, optimizer_class, step_in_backward
 from tests.optim.peers import TORCH_PEERS, make_peer
 from tests.optim.variants import ELEMENTWISE, VARIANTS, gradients_for, make
 
@@ -397,6 +397,37 @@ def _in_backward(rank: int, world_size: int) -> None:
 
 def test_fsdp2_models_step_inside_the_backward_with_the_same_bits(run_ranks: Any) -> None:
     run_ranks(_in_backward, 2)
+
+
+# ---- loss scales
+
+
+def _scaled_losses(rank: int, world_size: int) -> None:
+    """A gradient that only one rank's shard holds an inf of must make both ranks skip."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=8.0), LossScaler(init_scale=8.0)):
+        ours, plain = _model(mesh), _model(mesh)
+        optimizer, ordinary = (AdamW(net.parameters(), lr=0.05) for net in (ours, plain))
+        for step in range(4):
+            scaler.scale(_loss(ours, step, rank, world_size)).backward()
+            if step == 2:
+                first = ours[0].weight.grad.to_local()
+                first[0] = torch.inf if rank == 1 else first[0]
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            _loss(plain, step, rank, world_size).backward()
+            if step != 2:
+                ordinary.step()
+            ordinary.zero_grad()
+        assert scaler.get_scale() == 4.0
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(a.to_local(), b.to_local())  # the scale is a power of two
+        assert optimizer.state[ours[0].weight]["step"] == 3
+
+
+def test_a_scaled_loss_is_unscaled_and_skipped_on_all_ranks_at_once(run_ranks: Any) -> None:
+    run_ranks(_scaled_losses, 2)
 
 
 # ---- refusals
