@@ -66,15 +66,16 @@ def build_runner(
     named = [(name, parameter) for name, parameter in parameters.items() if parameter.requires_grad]
     if plan.numerics == "world_invariant":
         invariance.check_model(model, device)
-    built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
     stored = PRECISION_RULES[plan.precision].parameters
-    pure.check(plan.precision, model, built)
+    pure.check_model(plan.precision, model)
+    with pure.cast(model, stored):
+        built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
+        pure.check_optimizer(plan.precision, built)
     sharded = plan.shard == "optimizer"
     if sharded:
         _check_sharded(built, group, device)
     allocate = _shared_allocator(group, device)
     arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None, stored)
-    pure.cast_frozen(model, stored)
     if group is not None:
         _broadcast_model(model, arenas, group)
     runner = _assemble(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -11,8 +14,8 @@ from mlsys_engine.errors import ConfigError
 from mlsys_engine.numerics import PRECISION_RULES
 
 
-def check(precision: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ConfigError for a model or an optimizer that would lose more than its parameters' precision."""
+def check_model(precision: str, model: nn.Module) -> None:
+    """Raises ConfigError for a model that would lose more than its parameters' precision."""
     if PRECISION_RULES[precision].parameters is None:
         return
     for name, module in model.named_modules():
@@ -22,7 +25,11 @@ def check(precision: str, model: nn.Module, optimizer: torch.optim.Optimizer) ->
                 "Running statistics change by small parts of themselves, which half precision rounds away.",
                 f"Use precision={_unpure(precision)!r}, or a normalisation within the sample.",
             )
-    if not isinstance(optimizer, ScaledStep):
+
+
+def check_optimizer(precision: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ConfigError for an optimizer that would round every update to the parameters' type."""
+    if PRECISION_RULES[precision].parameters is not None and not isinstance(optimizer, ScaledStep):
         kind = type(optimizer)
         raise ConfigError(
             f"precision={precision!r} with {kind.__module__.partition('.')[0]}'s {kind.__name__}.",
@@ -32,12 +39,25 @@ def check(precision: str, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         )
 
 
-@torch.no_grad()
-def cast_frozen(model: nn.Module, stored: torch.dtype | None) -> None:
-    """Casts the float32 parameters that are not trained (None: leaves them); buffers stay as they are."""
-    for parameter in model.parameters() if stored is not None else ():
-        if not parameter.requires_grad and parameter.dtype is torch.float32:
-            parameter.data = parameter.data.to(stored)
+@contextmanager
+def cast(model: nn.Module, stored: torch.dtype | None) -> Iterator[None]:
+    """Casts all float32 parameters, frozen ones too (None: none); they are back when something raises.
+
+    Before the optimizer is made, so that it knows what it will step. Buffers stay as they are.
+    """
+    before = {
+        parameter: parameter.data
+        for parameter in model.parameters()
+        if stored is not None and parameter.dtype is torch.float32
+    }
+    for parameter, data in before.items():
+        parameter.data = data.to(stored)
+    try:
+        yield
+    except BaseException:
+        for parameter, data in before.items():
+            parameter.data = data
+        raise
 
 
 def _unpure(precision: str) -> str:
