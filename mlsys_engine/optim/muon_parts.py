@@ -170,10 +170,9 @@ class MuonParts:
                 check_gradient(gradient, parameter, self._owner.name_of(parameter))
         matrices = [gradient_of[parameter] for parameter in self._matrices]
         if self._momentum is not None and self._apply is not None and any(g is not None for g in matrices):
-            for view, parameter, gradient in zip(self._views, self._matrices, matrices, strict=True):
-                if gradient is not None:
-                    self._momentum.state[view] = self._owner_state[parameter]
+            self._share_momenta(self._momentum, matrices)
             self._momentum.step_on(matrices, grad_scale, skip, zero_grad)
+            self._keep_momenta(self._momentum)
             present = iter([gradient is not None for gradient in matrices])
             for stack in self._stacks:
                 stack.orthogonalise([next(present) for _ in stack.views])
@@ -185,6 +184,24 @@ class MuonParts:
         if self._rest is not None:
             rest = [gradient_of[parameter] for parameter in self._rest._parameters()]
             self._rest.step_on(rest, grad_scale, skip, zero_grad)
+
+    def _share_momenta(self, momentum: MomentumPart, matrices: Sequence[Tensor | None]) -> None:
+        """Gives each scratch matrix the momentum alone: what else the state holds is the parameter's form."""
+        for view, parameter, gradient in zip(self._views, self._matrices, matrices, strict=True):
+            if gradient is None:
+                continue
+            held, own = self._owner_state[parameter].get("momentum_buffer"), momentum.state[view]
+            if held is None:
+                own.pop("momentum_buffer", None)
+            elif own.get("momentum_buffer") is not held:
+                own["momentum_buffer"] = held
+
+    def _keep_momenta(self, momentum: MomentumPart) -> None:
+        """Takes over the momenta that the step has made or laid out anew."""
+        for view, parameter in zip(self._views, self._matrices, strict=True):
+            own = momentum.state.get(view)
+            if own and "momentum_buffer" in own:
+                self._owner_state[parameter]["momentum_buffer"] = own["momentum_buffer"]
 
 
 def _sharing(groups: list[Group], owner: Muon) -> AdamW:

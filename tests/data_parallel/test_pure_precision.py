@@ -157,6 +157,15 @@ def test_a_training_that_goes_on_in_float32_has_the_bits_that_were_kept_beside_t
     assert not wide.step([pairs(4)]).skipped
 
 
+def test_an_optimizer_is_made_for_the_type_that_it_will_step_and_a_refusal_leaves_the_model_alone():
+    model = mlp()
+    expected = _bits(model)
+    with pytest.raises(ConfigError, match=r"0\.weight is bfloat16"):
+        alone(model, functools.partial(optim.Adafactor, lr=0.01), precision="bf16-pure")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert _bits(model) == expected
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -113,7 +113,7 @@ def test_zeros_stay_zero_and_a_bad_matrix_spoils_no_other() -> None:
     assert result[2].isnan().all()
 
 
-# ---- torch.optim.Muon
+# ---- torch.Muon
 
 
 def test_steps_agree_with_torchs_muon_in_its_precision_and_state_moves_both_ways() -> None:
@@ -126,7 +126,7 @@ def test_steps_agree_with_torchs_muon_in_its_precision_and_state_moves_both_ways
     ours, theirs = matrices((8, 8)), matrices((8, 8))
     options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}
     optimizer = Muon(ours, ns_dtype=torch.bfloat16, **options)
-    peer = torch.optim.Muon(theirs, **options)
+    peer = torch.Muon(theirs, **options)
     for _ in range(3):
         for parameter in (*ours, *theirs):
             parameter.grad = basis.clone()
@@ -210,3 +210,26 @@ def test_a_bad_gradient_is_refused_before_anything_changes() -> None:
     with pytest.raises(ConfigError, match="gradient of embedding"):
         optimizer.step()
     assert torch.equal(layer, before)
+
+
+@pytest.mark.parametrize("precision", [{}, {"master": "fp32"}, {"ema": 0.9}])
+def test_a_narrow_matrix_goes_on_from_a_state_with_the_bits_it_had(precision: dict[str, Any]) -> None:
+    def step(params: list[nn.Parameter], optimizer: Muon, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in params:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+        optimizer.step()
+
+    first, second = ([nn.Parameter(torch.ones(9, 5).bfloat16())] for _ in range(2))
+    ours, again = (Muon(params, lr=0.01, **precision) for params in (first, second))
+    for number in range(4):
+        step(first, ours, number)
+    second[0].data.copy_(first[0])
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for number in range(4, 8):
+        step(first, ours, number)
+        step(second, again, number)
+        assert torch.equal(first[0], second[0])
+    mine, theirs = (one.state_dict()["state"][0] for one in (ours, again))
+    assert mine.keys() == theirs.keys() and "master" in mine
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
