@@ -152,10 +152,17 @@ void step_stored(const typename Rule::Scalars& scalars, BlockOperands& operands,
   }
 }
 
+// The forms that a rule has one loop for; none unless fused_forms.h says so.
+template <class Rule>
+struct FusedForms {
+  static bool step(const typename Rule::Scalars&, const Segment&, double, int64_t, int64_t) { return false; }
+};
+
 template <class Rule>
 void step_stretch(const StepArguments& args, const typename Rule::Scalars& scalars, const Segment& segment,
                   int64_t begin, int64_t end) {
   if (segment.is_plain()) return step_plain<Rule>(scalars, segment, begin, end);
+  if (FusedForms<Rule>::step(scalars, segment, args.steps[segment.step_index], begin, end)) return;
   BlockOperands operands(segment, Rule::kNumStates, args.steps[segment.step_index],
                          args.hyper[segment.hyper_row * kHyperColumns + kAverageDecay]);
   step_stored<Rule>(scalars, operands, begin, end);
