@@ -113,7 +113,7 @@ def test_zeros_stay_zero_and_a_bad_matrix_spoils_no_other() -> None:
     assert result[2].isnan().all()
 
 
-# ---- torch.Muon
+# ---- torch.optim.Muon
 
 
 def test_steps_agree_with_torchs_muon_in_its_precision_and_state_moves_both_ways() -> None:
@@ -126,7 +126,7 @@ def test_steps_agree_with_torchs_muon_in_its_precision_and_state_moves_both_ways
     ours, theirs = matrices((8, 8)), matrices((8, 8))
     options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}
     optimizer = Muon(ours, ns_dtype=torch.bfloat16, **options)
-    peer = torch.Muon(theirs, **options)
+    peer = torch.optim.Muon(theirs, **options)
     for _ in range(3):
         for parameter in (*ours, *theirs):
             parameter.grad = basis.clone()
