@@ -27,7 +27,7 @@ def assert_close(ours: nn.Module, theirs: nn.Module, steps: int) -> None:
         assert ((a - b).abs() <= 100 * steps * EPSILON * (1.0 + b.abs())).all()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_a_compiled_model_trains_as_with_torch(backend: str) -> None:
     ours, theirs = model(), model()
     compiled = torch.compile(ours, backend=backend)

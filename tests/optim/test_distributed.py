@@ -496,5 +496,6 @@ def _tensor_rules(rank: int, world_size: int) -> None:
             assert state.keys() == other.keys()
 
 
+@pytest.mark.slow
 def test_rules_of_whole_tensors_step_dtensors_by_torch_or_refuse_them(run_ranks: Any) -> None:
     run_ranks(_tensor_rules, 2)

@@ -160,7 +160,9 @@ def whole_state(ranks: list[Rank]) -> dict[str, dict[str, Any]]:
     return whole
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 7)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(3, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 3), (2, 7)))]
+)
 @pytest.mark.parametrize(("name", "variant"), shardable_variants())
 def test_state_saved_by_some_shards_continues_on_another_number_of_them(
     name: str, variant: dict[str, Any], before: int, after: int

@@ -181,6 +181,7 @@ def test_float32_state_of_torch_loads_into_narrow_moments_and_back(name: str, mo
 COUNTING = [param for param in changes() if optimizer_class(param.values[0]).counts_steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "source", "target"), COUNTING)
 def test_a_group_edited_to_another_form_continues_as_if_loaded_into_it(
     name: str, source: tuple[str | None, str], target: tuple[str | None, str]
