@@ -284,7 +284,7 @@ def test_a_model_of_tensor_parallel_layers_under_fsdp2_steps_as_torchs(run_ranks
 
 def _trained(mesh: Any, steps: range, net: Any = None, optimizer: Any = None) -> Any:
     net = _model(mesh) if net is None else net
-    optimizer = AdamW(net.parameters(), lr=0.05) if optimizer is None else optimizer
+    optimizer = AdamW(net.named_parameters(), lr=0.05) if optimizer is None else optimizer
     for step in steps:
         for number, parameter in enumerate(net.parameters()):
             gradient = gradients_for(tuple(parameter.shape), 1, seed=50 * step + number)[0]
@@ -316,7 +316,7 @@ def _loads(rank: int, world_size: int, folder: str) -> list[list[Any]]:
     results = []
     for how in ("checkpoint", "full"):
         net = _model(mesh)
-        optimizer = AdamW(net.parameters(), lr=1.0)
+        optimizer = AdamW(net.named_parameters(), lr=1.0)
         state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
         dcp.load(state, checkpoint_id=folder)
         net.load_state_dict(state["model"])
