@@ -34,7 +34,6 @@ class Adafactor(NativeOptimizer):
     counts_steps: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False  # means and clipping are of whole tensors
     shardable: ClassVar[bool] = False
-    separable: ClassVar[bool] = False
 
     def __init__(  # noqa: PLR0917 (torch's own signature)
         self,

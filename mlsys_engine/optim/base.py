@@ -41,7 +41,7 @@ class NativeOptimizer(torch.optim.Optimizer):
     moment_kinds: ClassVar[Mapping[str, str]] = MappingProxyType({})
     elementwise: ClassVar[bool] = True  # rule: whether any part of a parameter steps by itself
     shardable: ClassVar[bool] = True  # rule: whether that takes nothing but segments and hyper rows
-    separable: ClassVar[bool] = True  # rule: whether parameters may step one by one, each by its own segment
+    separable: ClassVar[bool] = True  # rule: whether parameters may step one by one
     steps_dtensors: ClassVar[bool] = False  # rule, not elementwise: whether torch_step works on DTensors
     defaults: Group
 

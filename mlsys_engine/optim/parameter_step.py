@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mlsys_engine.optim import distributed
+from mlsys_engine.optim.base import NativeOptimizer
 from mlsys_engine.optim.device_steps import CpuStep, make_device_step
 from mlsys_engine.optim.state import ensure_state
 
-if TYPE_CHECKING:
-    from mlsys_engine.optim.base import NativeOptimizer
+
+class OneOf:
+    """The step of one parameter by a rule that has its own way of stepping: nobody else has a gradient."""
+
+    def __init__(self, optimizer: NativeOptimizer, params: Sequence[Tensor], position: int) -> None:
+        self._optimizer, self._num_params, self._position = optimizer, len(params), position
+
+    def is_current(self) -> bool:
+        """Always: nothing is kept here."""
+        return True
+
+    def __call__(
+        self,
+        gradient: Tensor,
+        hyper: Callable[[], Tensor],
+        grad_scale: float | Tensor,
+        skip: bool | Tensor,
+    ) -> None:
+        """As ParameterStep's."""
+        grads: list[Tensor | None] = [None] * self._num_params
+        grads[self._position] = gradient
+        self._optimizer.step_on(grads, grad_scale, skip)
+
+
+def parameter_step(
+    optimizer: NativeOptimizer, params: Sequence[Tensor], position: int
+) -> OneOf | ParameterStep:
+    """How `optimizer` steps the parameter at `position` of its `params` alone."""
+    own = type(optimizer).step_on is not NativeOptimizer.step_on
+    return (OneOf if own else ParameterStep)(optimizer, params, position)
 
 
 class ParameterStep:
