@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
@@ -28,32 +20,15 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from mlsys_engine.errors import CheckpointError, ConfigError
+from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim import OPTIMIZERS, AdamW, LossScaler, clip_scale, optimizer_class, step_in_backward
 from tests.optim.peers import TORCH_PEERS, make_peer
+from tests.optim.sharded_model import loss_of, model
 from tests.optim.variants import ELEMENTWISE, VARIANTS, gradients_for, make
-
-WIDTH, HIDDEN = 5, 7  # neither divides by the number of ranks; the last layer's one row leaves a rank empty
-
-
-def _model(mesh: Any = None) -> nn.Module:
-    torch.manual_seed(11)
-    net = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 1))
-    if mesh is not None:
-        for layer in (net[0], net[2], net[3]):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-    return net
-
-
-def _loss(net: nn.Module, step: int, rank: int, world_size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    batch = torch.randn(4 * world_size, WIDTH, generator=generator)
-    return net(batch.chunk(world_size)[rank]).square().mean()
 
 
 def _backward(net: nn.Module, step: int, rank: int, world_size: int) -> None:
-    _loss(net, step, rank, world_size).backward()
+    loss_of(net, step, rank, world_size).backward()
 
 
 def _joined(backend: str, rank: int, world_size: int) -> None:
@@ -70,13 +45,13 @@ def _clips_as_torch(rank: int, world_size: int, backend: str) -> None:
     mesh = init_device_mesh("cpu", (world_size,))
     for name in TORCH_PEERS:
         variant = VARIANTS[name][-1]
-        ours, theirs = _model(mesh), _model(mesh)
+        ours, theirs = model(mesh), model(mesh)
         optimizer, peer = (
             make(name, ours.parameters(), variant),
             make_peer(name, theirs.parameters(), variant),
         )
         for step in range(4):
-            _loss(ours, step, rank, world_size).backward()
+            loss_of(ours, step, rank, world_size).backward()
             for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
                 other.grad = mine.grad.clone()
             total = optimizer.sum_of_squares()
@@ -215,7 +190,7 @@ def _two_dimensional_norms(rank: int, world_size: int) -> float:
             gradient = distribute_tensor(gradient, mesh, placements)
         parameter.grad = gradient
         params.append(parameter)
-    net = _model(mesh)  # HSDP: replicated over the first dimension
+    net = model(mesh)  # HSDP: replicated over the first dimension
     for parameter in net.parameters():
         gradient = torch.randn(parameter.shape, generator=generator)
         expected += gradient.double().square().sum()
@@ -279,98 +254,13 @@ def test_a_model_of_tensor_parallel_layers_under_fsdp2_steps_as_torchs(run_ranks
     assert len(set(run_ranks(_tensor_parallel_and_fsdp2, 4))) == 1
 
 
-# ---- state
-
-
-def _trained(mesh: Any, steps: range, net: Any = None, optimizer: Any = None) -> Any:
-    net = _model(mesh) if net is None else net
-    optimizer = AdamW(net.named_parameters(), lr=0.05) if optimizer is None else optimizer
-    for step in steps:
-        for number, parameter in enumerate(net.parameters()):
-            gradient = gradients_for(tuple(parameter.shape), 1, seed=50 * step + number)[0]
-            parameter.grad = distribute_tensor(gradient, mesh, parameter.placements)
-        optimizer.step()
-    optimizer.zero_grad()
-    return net, optimizer
-
-
-def _whole(net: nn.Module) -> list[Any]:
-    """As numbers: they travel between processes by value."""
-    return [parameter.full_tensor().tolist() for parameter in net.parameters()]
-
-
-def _saves(rank: int, world_size: int, folder: str) -> list[Any]:
-    mesh = init_device_mesh("cpu", (world_size,))
-    net, optimizer = _trained(mesh, range(3))
-    state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
-    dcp.save(state, checkpoint_id=folder)
-    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
-        torch.save(full, Path(folder) / "full.pt")
-    dist.barrier()
-    return _whole(_trained(mesh, range(3, 6), net, optimizer)[0])
-
-
-def _loads(rank: int, world_size: int, folder: str) -> list[list[Any]]:
-    mesh = init_device_mesh("cpu", (world_size,))
-    results = []
-    for how in ("checkpoint", "full"):
-        net = _model(mesh)
-        optimizer = AdamW(net.named_parameters(), lr=1.0)
-        state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
-        dcp.load(state, checkpoint_id=folder)
-        net.load_state_dict(state["model"])
-        if how == "checkpoint":
-            set_optimizer_state_dict(net, optimizer, state["optimizer"])
-        else:
-            full = torch.load(Path(folder) / "full.pt", weights_only=True)
-            options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(net, optimizer, full, options=options)
-        results.append(_whole(_trained(mesh, range(3, 6), net, optimizer)[0]))
-    return results
-
-
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_checkpoint_of_two_ranks_continues_with_the_same_bits_at_another_world_size(
-    run_ranks: Any, tmp_path: Path, world_size: int
-) -> None:
-    straight = run_ranks(_saves, 2, str(tmp_path))[0]
-    for continued in run_ranks(_loads, world_size, str(tmp_path))[0]:
-        assert straight == continued
-
-
-def _state_of_a_plain_model(rank: int, world_size: int) -> None:
-    mesh = init_device_mesh("cpu", (world_size,))
-    plain = _model()
-    optimizer = AdamW(plain.parameters(), lr=0.05)
-    for number, parameter in enumerate(plain.parameters()):
-        parameter.grad = gradients_for(tuple(parameter.shape), 1, seed=number)[0]
-    optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    sharded, other = _trained(mesh, range(1))
-    other.load_state_dict(saved)  # whole tensors: every rank takes its shards
-    optimizer.step()
-    for number, parameter in enumerate(sharded.parameters()):
-        gradient = gradients_for(tuple(parameter.shape), 1, seed=number)[0]
-        parameter.grad = distribute_tensor(gradient, mesh, parameter.placements)
-    other.step()
-    assert _whole(sharded) == [parameter.tolist() for parameter in plain.parameters()]
-    optimizer.load_state_dict(other.state_dict())
-    with pytest.raises(CheckpointError, match=r"exp_avg of .* as .*Shard"):
-        optimizer.step()
-
-
-def test_state_of_a_plain_model_is_cut_into_shards_and_the_reverse_is_refused(run_ranks: Any) -> None:
-    run_ranks(_state_of_a_plain_model, 2)
-
-
 # ---- inside the backward
 
 
 def _in_backward(rank: int, world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,))
     for options in ({}, {"max_grad_norm": 0.05}, {"max_grad_norm": 0.05, "clip": "two_pass"}):
-        ours, theirs = _model(mesh), _model(mesh)
+        ours, theirs = model(mesh), model(mesh)
         optimizer, ordinary = (AdamW(net.parameters(), lr=0.05) for net in (ours, theirs))
         handle = step_in_backward(optimizer, **options)  # type: ignore[arg-type]
         previous = None
@@ -378,9 +268,9 @@ def _in_backward(rank: int, world_size: int) -> None:
             if options.get("clip") == "two_pass":
                 handle.step(functools.partial(_backward, ours, step, rank, world_size))
             else:
-                _loss(ours, step, rank, world_size).backward()
+                loss_of(ours, step, rank, world_size).backward()
             assert all(parameter.grad is None for parameter in ours.parameters())
-            _loss(theirs, step, rank, world_size).backward()
+            loss_of(theirs, step, rank, world_size).backward()
             total = ordinary.sum_of_squares()
             if not options:
                 ordinary.step()
@@ -406,17 +296,17 @@ def _scaled_losses(rank: int, world_size: int) -> None:
     """A gradient that only one rank's shard holds an inf of must make both ranks skip."""
     mesh = init_device_mesh("cpu", (world_size,))
     for scaler in (torch.amp.GradScaler("cpu", init_scale=8.0), LossScaler(init_scale=8.0)):
-        ours, plain = _model(mesh), _model(mesh)
+        ours, plain = model(mesh), model(mesh)
         optimizer, ordinary = (AdamW(net.parameters(), lr=0.05) for net in (ours, plain))
         for step in range(4):
-            scaler.scale(_loss(ours, step, rank, world_size)).backward()
+            scaler.scale(loss_of(ours, step, rank, world_size)).backward()
             if step == 2:
                 first = ours[0].weight.grad.to_local()
                 first[0] = torch.inf if rank == 1 else first[0]
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            _loss(plain, step, rank, world_size).backward()
+            loss_of(plain, step, rank, world_size).backward()
             if step != 2:
                 ordinary.step()
             ordinary.zero_grad()
