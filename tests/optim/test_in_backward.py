@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, clip_scale, optimizer_class, step_in_backward
+from mlsys_engine.optim import (
+    OPTIMIZERS,
+    NativeOptimizer,
+    clip_scale,
+    device_steps,
+    optimizer_class,
+    parameter_step,
+    step_in_backward,
+)
 from tests.optim.variants import every_variant, make
 
 WIDTH = 9
@@ -126,6 +134,24 @@ def test_clipping_by_the_previous_norm_measures_first_and_then_lags_one_step(
         previous = total
         assert torch.equal(handle.grad_norm, total.sqrt())  # type: ignore[arg-type]
         assert_same(ours, plain)
+    assert_same_state(optimizer, ordinary)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1e-2}])
+def test_the_devices_way_of_stepping_gives_the_same_bits(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the CPU's kernel behind the device's operator: scalars in tensors, tables sent."""
+    ours, optimizer, plain, ordinary = pair("adamw", {"lr": 0.1})
+    step_in_backward(ordinary, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(parameter_step, "make_device_step", device_steps.CudaStep)
+        step_in_backward(optimizer, **options)
+        for number in range(3):
+            loss_of(ours, number).backward()
+    for number in range(3):
+        loss_of(plain, number).backward()
+    assert_same(ours, plain)
     assert_same_state(optimizer, ordinary)
 
 
