@@ -4,9 +4,9 @@
 
 Whole step of a bf16 model: torch casts gradients to fp32, clips, steps fp32 weights by its fused kernel and
 casts them back; with loss scaling it also unscales and tests the gradients. Ours is a norm pass and one step.
-Steps alone: every stored form against torch's fused kernel on fp32. Each round times every system once, in turn;
-the minimum over rounds is reported. All systems take the same steps on the same numbers, and the run fails when
-their parameters end further apart than their rounding explains.
+Steps alone: every stored form against torch's fused kernel on fp32. Each round times every system once, in
+turn; the minimum over rounds is reported. All systems take the same steps on the same numbers, and the run
+fails when their parameters end further apart than their rounding explains.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlsys_engine.errors import ConfigError
+from mlsys_engine.models import GPT, GPTConfig
 from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, averaged_weights, optimizer_class
 from mlsys_engine.optim.formats import Stored
 from mlsys_engine.optim.storage import away, decoded, encoded, joined, remainder_of
@@ -73,6 +74,23 @@ def test_a_split_master_an_fp32_master_and_an_fp32_parameter_have_one_trajectory
         assert torch.equal(halves.state_dict()["state"][0]["master"], whole)
         assert torch.equal(copied_by.state_dict()["state"][0]["master"], whole)
         assert torch.equal(split, away(whole.detach()))
+
+
+@pytest.mark.slow  # ten seconds
+def test_masters_of_both_kinds_train_a_transformer_to_the_same_bits_for_a_thousand_steps() -> None:
+    def trained(master: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(context_length=16, num_heads=1, width=16)).bfloat16()
+        optimizer = make("adamw", model.named_parameters(), {"lr": 1e-2, "master": master})
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(1000):
+            windows = torch.randint(64, (2, 16), generator=generator)
+            model(windows, labels=windows).loss.backward()
+            optimizer.step_scaled(zero_grad=True)
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    split, whole = trained("split"), trained("fp32")
+    assert all(torch.isfinite(a).all() and torch.equal(a, b) for a, b in zip(split, whole, strict=True))
 
 
 # ---- eight-bit codes
