@@ -137,7 +137,7 @@ class Request {
   virtual void wait(std::chrono::milliseconds timeout) = 0;
   // Called once from the progress thread before anybody can see that it is done or failed (at once if that
   // already happened): for what must be over when wait() returns.
-  virtual void before_completion(std::function<void()> callback) = 0;
+  virtual void before_completion(std::function<void(bool succeeded)> callback) = 0;
   // Called once from the progress thread when done or failed (at once if that already happened). The callback
   // must be short and must not throw.
   virtual void on_completion(std::function<void()> callback) = 0;

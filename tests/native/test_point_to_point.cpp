@@ -262,7 +262,8 @@ TEST(what_runs_before_completion_is_over_when_wait_returns) {
       }
       const auto received = r.comm->recv(&value, sizeof(value), 1, 1);
       std::atomic<bool> over = false;
-      received->before_completion([&] {
+      received->before_completion([&](bool succeeded) {
+        CHECK(succeeded);
         for (int turn = 0; turn < 50; ++turn) std::this_thread::yield();
         over = true;
       });

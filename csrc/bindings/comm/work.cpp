@@ -84,14 +84,15 @@ PointToPointWork::PointToPointWork(int rank, c10d::OpType type, const char* titl
   shared_->place = std::move(place);
   shared_->record = std::move(record);
   shared_->keep_alive = shared_;
-  // Whoever has waited may end the profiler, which must not find this event still being written.
-  if (recordFunctionEndCallback_) {
-    shared_->request->before_completion(std::exchange(recordFunctionEndCallback_, nullptr));
-  }
+  // Whoever has waited may end the profiler, or dump the recorder, and finds this event complete there.
+  shared_->end_of_profile = std::exchange(recordFunctionEndCallback_, nullptr);
+  shared_->request->before_completion([shared = shared_.get()](bool succeeded) {
+    if (shared->end_of_profile) shared->end_of_profile();
+    if (succeeded) shared->record.completed();
+  });
   shared_->request->on_completion([shared = shared_.get()] {
     const auto alive = std::exchange(shared->keep_alive, nullptr);
     const auto failure = alive->failure();
-    if (!failure) alive->record.completed();
     alive->future.complete(alive->outputs, failure);
   });
 }

@@ -73,6 +73,7 @@ class PointToPointWork final : public c10d::Work {
     Place place;
     Record record;
     LazyFuture future;
+    std::function<void()> end_of_profile;
     std::exception_ptr failure() const;
   };
 

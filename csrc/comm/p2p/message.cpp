@@ -34,14 +34,15 @@ std::optional<MessageHeader> decode_message_header(std::span<const uint8_t> byte
 }
 
 void MessageState::complete(int source, std::exception_ptr error) {
-  std::function<void()> before, callback;
+  std::function<void(bool)> before;
+  std::function<void()> callback;
   {
     const std::lock_guard lock(mutex_);
     if (ending_) return;
     ending_ = true;
     before = std::exchange(before_, nullptr);
   }
-  if (before) before();
+  if (before) before(error == nullptr);
   {
     const std::lock_guard lock(mutex_);
     done_ = true;
@@ -63,15 +64,18 @@ int MessageState::source() const {
   return source_;
 }
 
-void MessageState::before_completion(std::function<void()> callback) {
+void MessageState::before_completion(std::function<void(bool)> callback) {
+  bool succeeded;
   {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     if (!ending_) {
       before_ = std::move(callback);
       return;
     }
+    changed_.wait(lock, [this] { return done_; });
+    succeeded = error_ == nullptr;
   }
-  callback();
+  callback(succeeded);
 }
 
 void MessageState::on_completion(std::function<void()> callback) {

@@ -61,7 +61,7 @@ class MessageState {
   void complete(int source, std::exception_ptr error);
   bool completed() const;
   int source() const;
-  void before_completion(std::function<void()> callback);
+  void before_completion(std::function<void(bool succeeded)> callback);
   void on_completion(std::function<void()> callback);
   // False when the time is over first. Throws the error it ended with.
   bool wait_until(std::chrono::steady_clock::time_point deadline);
@@ -75,7 +75,7 @@ class MessageState {
   bool done_ = false;
   int source_ = -1;
   std::exception_ptr error_;
-  std::function<void()> before_;
+  std::function<void(bool)> before_;
   std::function<void()> callback_;
 };
 

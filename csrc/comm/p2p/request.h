@@ -24,7 +24,7 @@ class MessageRequest final : public Request {
 
   bool completed() const override { return state_->completed(); }
   int source_rank() const override { return state_->source(); }
-  void before_completion(std::function<void()> callback) override {
+  void before_completion(std::function<void(bool succeeded)> callback) override {
     state_->before_completion(std::move(callback));
   }
   void on_completion(std::function<void()> callback) override { state_->on_completion(std::move(callback)); }
