@@ -1,10 +1,12 @@
 // Rules that scale a tensor's update by norms of the whole tensor: measured in one sweep, applied in another.
 //
-// A measuring rule updates moments, or nothing, and says for each element the kNumSums values whose squares
-// are summed; the applying rule is an ordinary one whose prepare() is also given its tensor's sums, and which
-// computes the update again instead of reading it from memory. Sums are in double, in a fixed order (chunk by
-// chunk; inside a chunk by lanes), so threads never change them. Between the sweeps the caller may add the
-// sums of other ranks' shards.
+// Each segment is a whole tensor. A measuring rule updates moments, or nothing, and says for each element
+// what its update would be; the squares of parameters and of updates are summed. The applying rule is an
+// ordinary one whose prepare() is also given its tensor's sums, and which computes the update again instead
+// of reading it from memory. Tensors are taken in batches that fit a cache, so the second sweep finds there
+// what the first has read; a tensor that fits none is read twice from memory. Sums are in double, in a fixed
+// order (chunk by chunk; inside a chunk by lanes), so neither threads nor batches change them. Reference:
+// mlsys_engine/optim/reference.py; tests: tests/optim.
 #pragma once
 
 #include <vector>
@@ -13,8 +15,27 @@
 
 namespace mlsys {
 
-constexpr int kTensorSums = 2;  // columns of the table of sums: [tensors, kTensorSums]
+constexpr int kTensorSums = 2;  // of the squares of parameters, and of updates
+constexpr int kSumLanes = 16;
+constexpr int64_t kBatchElements =
+    512 * 1024;  // of tensors that are measured, then applied: 6 MiB with two moments
 
+// Lane j of a sum adds the squares of a chunk's elements j, j + kSumLanes, ... in turn.
+struct ChunkSums {
+  double lanes[kTensorSums][kSumLanes] = {};
+
+  void total(double* result) {
+    for (int sum = 0; sum < kTensorSums; ++sum) {
+      for (int width = kSumLanes / 2; width > 0; width /= 2) {
+        for (int j = 0; j < width; ++j) lanes[sum][j] += lanes[sum][j + width];
+      }
+      result[sum] = lanes[sum][0];
+    }
+  }
+};
+
+// The measuring rule on elements [begin, end) of float arrays, a block at a time: its updates go to a buffer
+// in the first-level cache, so that both the rule and the sums are loops without anything in their way.
 template <class Rule>
 struct MeasureLoop {
   typename Rule::Scalars scalars;
@@ -22,121 +43,155 @@ struct MeasureLoop {
   const float* grad;
   float* states[kMaxStates];
 
-  static constexpr int kLanes = 16;
+  static constexpr int64_t kBlock = BlockOperands::kBlock;
 
-  MLSYS_INLINE void operator()(int64_t count, double* result) const {
+  MLSYS_INLINE void operator()(int64_t begin, int64_t end, ChunkSums* sums) const {
     const typename Rule::Scalars s = scalars;
-    const float* __restrict p = param;
-    const float* __restrict g = grad;
-    float* __restrict m0 = Rule::kNumStates > 0 ? states[0] : nullptr;
-    float* __restrict m1 = Rule::kNumStates > 1 ? states[1] : nullptr;
-    double lanes[kTensorSums][kLanes] = {};
-    float first[kLanes], second[kLanes];
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) element(s, p, g, m0, m1, i + j, first[j], second[j]);
-      for (int j = 0; j < kLanes; ++j) {
-        lanes[0][j] += static_cast<double>(first[j]) * first[j];
-        lanes[1][j] += static_cast<double>(second[j]) * second[j];
+    alignas(64) float updates[kBlock];
+    for (int64_t block = begin; block < end; block += kBlock) {
+      const float* p = param + block;
+      const float* g = grad + block;
+      float* m0 = Rule::kNumStates > 0 ? states[0] + block : nullptr;
+      float* m1 = Rule::kNumStates > 1 ? states[1] + block : nullptr;
+      if (end - block >= kBlock) {
+        measure(s, p, g, m0, m1, updates, kBlock);
+        add_squares(p, kBlock, sums->lanes[0]);
+        add_squares(updates, kBlock, sums->lanes[1]);
+      } else {
+        measure(s, p, g, m0, m1, updates, end - block);
+        add_squares(p, end - block, sums->lanes[0]);
+        add_squares(updates, end - block, sums->lanes[1]);
       }
-    }
-    for (int j = 0; i < count; ++i, ++j) {
-      element(s, p, g, m0, m1, i, first[0], second[0]);
-      lanes[0][j] += static_cast<double>(first[0]) * first[0];
-      lanes[1][j] += static_cast<double>(second[0]) * second[0];
-    }
-    for (int sum = 0; sum < kTensorSums; ++sum) {
-      for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int j = 0; j < width; ++j) lanes[sum][j] += lanes[sum][j + width];
-      }
-      result[sum] += lanes[sum][0];
     }
   }
 
  private:
-  static MLSYS_INLINE void element(const typename Rule::Scalars& s, const float* __restrict p,
+  static MLSYS_INLINE void measure(const typename Rule::Scalars& s, const float* __restrict p,
                                    const float* __restrict g, float* __restrict m0, float* __restrict m1,
-                                   int64_t i, float& first, float& second) {
-    float state[kMaxStates] = {0.0f, 0.0f, 0.0f};
-    if constexpr (Rule::kNumStates > 0) state[0] = m0[i];
-    if constexpr (Rule::kNumStates > 1) state[1] = m1[i];
-    float values[kTensorSums];
-    Rule::measure(s, g[i], p[i], state, values);
-    first = values[0];
-    second = values[1];
-    if constexpr (Rule::kNumStates > 0) m0[i] = state[0];
-    if constexpr (Rule::kNumStates > 1) m1[i] = state[1];
+                                   float* __restrict updates, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      float state[kMaxStates] = {0.0f, 0.0f, 0.0f};
+      if constexpr (Rule::kNumStates > 0) state[0] = m0[i];
+      if constexpr (Rule::kNumStates > 1) state[1] = m1[i];
+      updates[i] = Rule::measure(s, g[i], p[i], state);
+      if constexpr (Rule::kNumStates > 0) m0[i] = state[0];
+      if constexpr (Rule::kNumStates > 1) m1[i] = state[1];
+    }
+  }
+
+  static MLSYS_INLINE void add_squares(const float* __restrict said, int64_t count,
+                                       double* __restrict lanes) {
+    double own[kSumLanes];
+    for (int j = 0; j < kSumLanes; ++j) own[j] = lanes[j];
+    int64_t i = 0;
+    for (; i + kSumLanes <= count; i += kSumLanes) {
+      for (int j = 0; j < kSumLanes; ++j) {
+        const double value = said[i + j];
+        own[j] += value * value;
+      }
+    }
+    for (int j = 0; j < kSumLanes; ++j) lanes[j] = own[j];
+    for (int j = 0; i < count; ++i, ++j) lanes[j] += static_cast<double>(said[i]) * said[i];
   }
 };
 
-// Adds up the squares of what Rule::measure says into sums[segment.tensor], which need not be zero before.
+// One chunk of a segment. Everything that is not float32 goes through the block buffers of storage.h.
 template <class Rule>
-void measure_segments(const StepArguments& args, double* sums, int64_t num_tensors) {
-  std::fill(sums, sums + num_tensors * kTensorSums, 0.0);
-  if (args.num_segments == 0) return;
-  const Segment& last = args.segments[args.num_segments - 1];
-  const int64_t total = last.first_chunk + num_chunks(last.numel);
-  std::vector<double> terms(static_cast<size_t>(total * kTensorSums), 0.0);
+void measure_chunk(const StepArguments& args, const typename Rule::Scalars& scalars, const Segment& s,
+                   int64_t begin, int64_t end, double* result) {
   const SimdLevel level = simd_level();
-  parallel_for(args.pool, total, 8, [&](int64_t first, int64_t stop) {
+  ChunkSums sums;
+  if (s.is_plain()) {
+    const MeasureLoop<Rule> loop{scalars,
+                                 s.pointer<const float>(s.param),
+                                 s.pointer<const float>(s.grad),
+                                 {s.pointer<float>(s.state[0]), s.pointer<float>(s.state[1]), nullptr}};
+    run_simd(level, loop, begin, end, &sums);
+  } else {
+    BlockOperands operands(s, Rule::kNumStates, args.steps[s.step_index], 0.0);
+    for (int64_t block = begin; block < end; block += BlockOperands::kBlock) {
+      const int64_t count = std::min(BlockOperands::kBlock, end - block);
+      operands.load(block, count);
+      const MeasureLoop<Rule> loop{
+          scalars, operands.param(), operands.grad(), {operands.state(0), operands.state(1), nullptr}};
+      run_simd(level, loop, int64_t{0}, count, &sums);
+      operands.store_states();
+    }
+  }
+  sums.total(result);
+}
+
+// Calls body(segment, its number, begin, end) for stretches of all segments; their chunks need not begin at
+// 0.
+template <class Body>
+void over_segments(const StepArguments& args, Body&& body) {
+  const Segment& last = args.segments[args.num_segments - 1];
+  const int64_t base = args.segments[0].first_chunk;
+  parallel_for(args.pool, last.first_chunk + num_chunks(last.numel) - base, 8,
+               [&](int64_t first, int64_t stop) {
+                 visit_chunks(args.segments, args.num_segments, base + first, base + stop,
+                              [&](const Segment& segment, int64_t begin, int64_t end) {
+                                body(segment, &segment - args.segments, begin, end);
+                              });
+               });
+}
+
+// The sums of each segment into sums[number * kTensorSums].
+template <class Rule>
+void measure_segments(const StepArguments& args, double* sums) {
+  const Segment& last = args.segments[args.num_segments - 1];
+  const int64_t base = args.segments[0].first_chunk;
+  const int64_t total = last.first_chunk + num_chunks(last.numel) - base;
+  std::vector<double> terms(static_cast<size_t>(total * kTensorSums), 0.0);
+  over_segments(args, [&](const Segment& segment, int64_t, int64_t begin, int64_t end) {
     Prepared<Rule> prepared;
-    visit_chunks(args.segments, args.num_segments, first, stop,
-                 [&](const Segment& segment, int64_t begin, int64_t end) {
-                   prepared.prepare(args, segment);
-                   BlockOperands operands(segment, Rule::kNumStates, args.steps[segment.step_index], 0.0);
-                   for (int64_t block = begin; block < end; block += BlockOperands::kBlock) {
-                     const int64_t count = std::min(BlockOperands::kBlock, end - block);
-                     operands.load(block, count);
-                     const MeasureLoop<Rule> loop{prepared.scalars,
-                                                  operands.param(),
-                                                  operands.grad(),
-                                                  {operands.state(0), operands.state(1), nullptr}};
-                     const int64_t chunk = segment.first_chunk + block / kChunkElements;
-                     run_simd(level, loop, count, &terms[static_cast<size_t>(chunk * kTensorSums)]);
-                     operands.store_states();
-                   }
-                 });
+    prepared.prepare(args, segment);
+    for (int64_t chunk = begin; chunk < end; chunk += kChunkElements) {
+      const int64_t term = segment.first_chunk - base + chunk / kChunkElements;
+      measure_chunk<Rule>(args, prepared.scalars, segment, chunk, std::min(chunk + kChunkElements, end),
+                          &terms[static_cast<size_t>(term * kTensorSums)]);
+    }
   });
   for (int64_t i = 0; i < args.num_segments; ++i) {
     const Segment& segment = args.segments[i];
-    for (int64_t chunk = 0; chunk < num_chunks(segment.numel); ++chunk) {
-      for (int sum = 0; sum < kTensorSums; ++sum) {
-        sums[segment.tensor * kTensorSums + sum] +=
-            terms[static_cast<size_t>((segment.first_chunk + chunk) * kTensorSums + sum)];
+    for (int sum = 0; sum < kTensorSums; ++sum) {
+      double added = 0.0;
+      for (int64_t chunk = 0; chunk < num_chunks(segment.numel); ++chunk) {
+        added += terms[static_cast<size_t>((segment.first_chunk - base + chunk) * kTensorSums + sum)];
       }
+      sums[i * kTensorSums + sum] = added;
     }
   }
 }
 
-// Steps by a rule whose prepare() takes the sums of the segment's tensor last.
+// Steps by a rule whose prepare() takes the sums of the segment last.
 template <class Rule>
 void apply_segments(const StepArguments& args, const double* sums) {
-  if (args.num_segments == 0) return;
-  check_states<Rule>(args);
-  const Segment& last = args.segments[args.num_segments - 1];
-  simd_level();
-  parallel_for(args.pool, last.first_chunk + num_chunks(last.numel), 8, [&](int64_t first, int64_t stop) {
-    visit_chunks(args.segments, args.num_segments, first, stop,
-                 [&](const Segment& segment, int64_t begin, int64_t end) {
-                   const auto scalars = Rule::prepare(args.hyper + segment.hyper_row * kHyperColumns,
-                                                      args.steps[segment.step_index], args.grad_scale,
-                                                      sums + segment.tensor * kTensorSums);
-                   step_stretch<Rule>(args, scalars, segment, begin, end);
-                 });
+  over_segments(args, [&](const Segment& segment, int64_t number, int64_t begin, int64_t end) {
+    const auto scalars =
+        Rule::prepare(args.hyper + segment.hyper_row * kHyperColumns, args.steps[segment.step_index],
+                      args.grad_scale, sums + number * kTensorSums);
+    step_stretch<Rule>(args, scalars, segment, begin, end);
   });
 }
 
-// Both sweeps, over tensors that are here as a whole.
+// Both sweeps.
 template <class Measure, class Apply>
 void step_tensors(const StepArguments& args) {
-  int64_t num_tensors = 0;
-  for (int64_t i = 0; i < args.num_segments; ++i) {
-    num_tensors = std::max(num_tensors, args.segments[i].tensor + 1);
-  }
-  std::vector<double> sums(static_cast<size_t>(num_tensors * kTensorSums));
   check_states<Apply>(args);  // before the moments change
-  measure_segments<Measure>(args, sums.data(), num_tensors);
-  apply_segments<Apply>(args, sums.data());
+  simd_level();               // throws for a bad MLSYS_SIMD here and not inside the pool
+  std::vector<double> sums(static_cast<size_t>(args.num_segments * kTensorSums));
+  for (int64_t first = 0, end = 0; first < args.num_segments; first = end) {
+    int64_t numel = 0;
+    do {
+      numel += args.segments[end++].numel;
+    } while (end < args.num_segments && numel + args.segments[end].numel <= kBatchElements);
+    StepArguments batch = args;
+    batch.segments = args.segments + first;
+    batch.num_segments = end - first;
+    measure_segments<Measure>(batch, sums.data());
+    apply_segments<Apply>(batch, sums.data());
+  }
 }
 
 }  // namespace mlsys

@@ -45,10 +45,10 @@ __device__ __forceinline__ void measure_chunk(const typename Rule::Scalars& s, c
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       float state[kMaxStates] = {states[0][i], states[1][i], states[2][i]};
-      float values[kTensorSums];
-      Rule::measure(s, grad[i], param[i], state, values);
-      for (int sum = 0; i < count && sum < kTensorSums; ++sum) {
-        sums[sum] += static_cast<double>(values[sum]) * values[sum];
+      const float update = Rule::measure(s, grad[i], param[i], state);
+      if (i < count) {
+        sums[0] += static_cast<double>(param[i]) * param[i];
+        sums[1] += static_cast<double>(update) * update;
       }
 #pragma unroll
       for (int index = 0; index < Rule::kNumStates; ++index) states[index][i] = state[index];

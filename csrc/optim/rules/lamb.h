@@ -1,7 +1,7 @@
 // LAMB: Adam's update, with decay in it, scaled to each tensor's own size. You et al. 2020, "Large Batch
 // Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2, with phi the identity.
 //
-// Two sweeps (tensor_step.h): the first moves the moments and adds up |p|^2 and |u|^2, the second computes u
+// Two sweeps (tensor_step.h): the first moves the moments and measures |p| and |u|, the second computes u
 // again from the moments, which costs 12 bytes an element less than keeping it. A tensor of zeros, and an
 // update of zeros, are not scaled. An inf or nan in a gradient reaches the whole tensor, through its norm.
 #pragma once
@@ -15,7 +15,7 @@ struct LambHyper {
   enum Hyper { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kSign, kAdapt };
 
   struct Scalars {
-    float grad_scale, beta1, rest1, beta2, rest2, inverse_bias1, inverse_bias2, eps, decay, step_size;
+    float grad_scale, beta1, rest1, beta2, rest2, root_scale, eps, decay, step_size;
   };
 
   static MLSYS_HD Scalars prepare(const double* hyper, double step, double grad_scale) {
@@ -25,16 +25,18 @@ struct LambHyper {
     s.rest1 = static_cast<float>(1.0 - hyper[kBeta1]);
     s.beta2 = static_cast<float>(hyper[kBeta2]);
     s.rest2 = static_cast<float>(1.0 - hyper[kBeta2]);
-    s.inverse_bias1 = static_cast<float>(1.0 / (1.0 - power(hyper[kBeta1], step)));
-    s.inverse_bias2 = static_cast<float>(1.0 / sqrt(1.0 - power(hyper[kBeta2], step)));
-    s.eps = static_cast<float>(hyper[kEps]);
+    // m / bias1 / (sqrt(v / bias2) + eps), with bias1 taken into the divisor.
+    const double bias1 = 1.0 - power(hyper[kBeta1], step);
+    const double bias2 = 1.0 - power(hyper[kBeta2], step);
+    s.root_scale = static_cast<float>(bias1 / sqrt(bias2));
+    s.eps = static_cast<float>(bias1 * hyper[kEps]);
     s.decay = static_cast<float>(hyper[kWeightDecay]);
     s.step_size = static_cast<float>(hyper[kLr]);
     return s;
   }
 
   static MLSYS_HD float direction(const Scalars& s, float param, const float* state) {
-    const float ratio = state[0] * s.inverse_bias1 / (square_root(state[1]) * s.inverse_bias2 + s.eps);
+    const float ratio = state[0] / (square_root(state[1]) * s.root_scale + s.eps);
     return s.decay != 0.0f ? ratio + s.decay * param : ratio;
   }
 };
@@ -42,12 +44,11 @@ struct LambHyper {
 struct LambMeasure : LambHyper {
   static constexpr int kNumStates = 2;  // exp_avg, exp_avg_sq
 
-  static MLSYS_HD void measure(const Scalars& s, float grad, float param, float* state, float* values) {
+  static MLSYS_HD float measure(const Scalars& s, float grad, float param, float* state) {
     const float g = grad * s.grad_scale;
     state[0] = s.beta1 * state[0] + s.rest1 * g;
     state[1] = s.beta2 * state[1] + s.rest2 * g * g;
-    values[0] = param;
-    values[1] = direction(s, param, state);
+    return direction(s, param, state);
   }
 };
 

@@ -33,10 +33,7 @@ struct LarsHyper {
 struct LarsMeasure : LarsHyper {
   static constexpr int kNumStates = 0;
 
-  static MLSYS_HD void measure(const Scalars& s, float grad, float param, float*, float* values) {
-    values[0] = param;
-    values[1] = grad * s.grad_scale;
-  }
+  static MLSYS_HD float measure(const Scalars& s, float grad, float, float*) { return grad * s.grad_scale; }
 };
 
 struct LarsApply : LarsHyper {
