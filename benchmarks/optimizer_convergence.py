@@ -82,7 +82,7 @@ class Text:
 class Digits:
     """A perceptron on noisy, shifted pictures of digits; cross-entropy."""
 
-    name, lr = "drawn digits", 1e-3
+    name, lr = "drawn digits", 1e-2
 
     def __init__(self) -> None:
         rows = [[[float(bit) for bit in row] for row in glyph.split()] for glyph in GLYPHS]
