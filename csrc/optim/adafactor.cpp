@@ -5,7 +5,7 @@
 // elements j, j + kLanes, ... in turn, and lanes are added in a binary tree; columns and rows are added from
 // top to bottom inside a block, then block by block. So the result depends on neither threads nor instruction
 // set. Inf and nan: rules/adafactor.h. Reference: mlsys_engine/optim/reference.py; tests:
-// tests/optim/test_adafactor.py.
+// tests/optim/rules/test_adafactor.py.
 #include "optim/adafactor.h"
 
 #include <algorithm>

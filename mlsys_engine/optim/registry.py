@@ -8,16 +8,16 @@ from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.optim.base import NativeOptimizer
 
 OPTIMIZERS = {
-    "adafactor": "mlsys_engine.optim.adafactor:Adafactor",
-    "adagrad": "mlsys_engine.optim.adagrad:Adagrad",
-    "adam": "mlsys_engine.optim.adam:Adam",
-    "adamw": "mlsys_engine.optim.adamw:AdamW",
-    "lamb": "mlsys_engine.optim.lamb:LAMB",
-    "lars": "mlsys_engine.optim.lars:LARS",
-    "lion": "mlsys_engine.optim.lion:Lion",
-    "muon": "mlsys_engine.optim.muon:Muon",
-    "schedule_free_adamw": "mlsys_engine.optim.schedule_free_adamw:ScheduleFreeAdamW",
-    "sgd": "mlsys_engine.optim.sgd:SGD",
+    "adafactor": "mlsys_engine.optim.rules.adafactor:Adafactor",
+    "adagrad": "mlsys_engine.optim.rules.adagrad:Adagrad",
+    "adam": "mlsys_engine.optim.rules.adam:Adam",
+    "adamw": "mlsys_engine.optim.rules.adamw:AdamW",
+    "lamb": "mlsys_engine.optim.rules.lamb:LAMB",
+    "lars": "mlsys_engine.optim.rules.lars:LARS",
+    "lion": "mlsys_engine.optim.rules.lion:Lion",
+    "muon": "mlsys_engine.optim.rules.muon:Muon",
+    "schedule_free_adamw": "mlsys_engine.optim.rules.schedule_free_adamw:ScheduleFreeAdamW",
+    "sgd": "mlsys_engine.optim.rules.sgd:SGD",
 }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlsys_engine.optim import adafactor, base, device_steps, norms
+from mlsys_engine.optim import base, device_steps, norms
+from mlsys_engine.optim.rules import adafactor
 from tests.optim.variants import error_bounds, every_variant, gradients_for, make
 
 

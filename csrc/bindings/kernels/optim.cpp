@@ -72,14 +72,14 @@ void adafactor_table(const Tensor& table, const Tensor& hyper, const Tensor& ste
                       hyper.size(1) == kHyperColumns,
                   "adafactor_step: table is ", describe(table), " and hyper is ", describe(hyper),
                   ". [tensors, ", kAdafactorColumns, "] and [rows, ", kHyperColumns,
-                  "] are expected. Build them with mlsys_engine.optim.adafactor.");
+                  "] are expected. Build them with mlsys_engine.optim.rules.adafactor.");
   const auto* tensors = static_cast<const AdafactorTensor*>(table.const_data_ptr());
   for (int64_t i = 0; i < table.size(0); ++i) {
     STD_TORCH_CHECK(tensors[i].hyper_row >= 0 && tensors[i].hyper_row < hyper.size(0) &&
                         tensors[i].step_index >= 0 && tensors[i].step_index < steps.numel(),
                     "adafactor_step: tensor ", i, " names hyper row ", tensors[i].hyper_row, " and step ",
                     tensors[i].step_index, ". There are ", hyper.size(0), " rows and ", steps.numel(),
-                    " steps. Build the table with mlsys_engine.optim.adafactor.");
+                    " steps. Build the table with mlsys_engine.optim.rules.adafactor.");
   }
   adafactor_step({tensors, table.size(0), static_cast<const double*>(hyper.const_data_ptr()),
                   static_cast<const float*>(steps.const_data_ptr()), grad_scale, torch_pool});

@@ -1,7 +1,7 @@
 // The elementwise parts of Muon, before and after the orthogonalisation. Jordan et al. 2024, "Muon: An
 // optimizer for hidden layers in neural networks"; torch.optim.Muon's form of the momentum, a weighted mean.
 //
-// The products in between are torch's (mlsys_engine/optim/orthogonal.py). Inf and nan flow through.
+// The products in between are torch's (mlsys_engine/optim/rules/orthogonal.py). Inf and nan flow through.
 #pragma once
 
 #include "optim/rules/math.h"

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from mlsys_engine.memory.flat_arena import FlatArena
-from mlsys_engine.optim.adamw import AdamW
 from mlsys_engine.optim.base import Group, NativeOptimizer
 from mlsys_engine.optim.checks import check_gradient
-from mlsys_engine.optim.orthogonal import newton_schulz, shape_ratio
+from mlsys_engine.optim.rules.adamw import AdamW
+from mlsys_engine.optim.rules.orthogonal import newton_schulz, shape_ratio
 
 if TYPE_CHECKING:
-    from mlsys_engine.optim.muon import Muon
+    from mlsys_engine.optim.rules.muon import Muon
 
 BATCH_BYTES = 32 * 2**20  # of matrices that are multiplied together: more would only cost memory
 

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.optim.checks import check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
-from mlsys_engine.optim.tensor_rule import TensorRule, norms, ratio_or_one
+from mlsys_engine.optim.rules.tensor_rule import TensorRule, norms, ratio_or_one
 
 
 class LAMB(TensorRule):

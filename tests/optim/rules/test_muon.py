@@ -12,7 +12,7 @@ from torch import nn
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.models import GPT, GPTConfig
 from mlsys_engine.optim import AdamW, Muon
-from mlsys_engine.optim.orthogonal import COEFFICIENTS, newton_schulz
+from mlsys_engine.optim.rules.orthogonal import COEFFICIENTS, newton_schulz
 from tests.optim.variants import EPSILON, gradients_for
 
 

@@ -11,12 +11,12 @@ from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import FlatArena
-from mlsys_engine.optim.adamw import AdamW
 from mlsys_engine.optim.base import Group, NativeOptimizer
 from mlsys_engine.optim.checks import check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
-from mlsys_engine.optim.muon_parts import MuonParts
-from mlsys_engine.optim.orthogonal import COEFFICIENTS
+from mlsys_engine.optim.rules.adamw import AdamW
+from mlsys_engine.optim.rules.muon_parts import MuonParts
+from mlsys_engine.optim.rules.orthogonal import COEFFICIENTS
 
 LEARNING_RATE_RULES = (None, "original", "match_rms_adamw")
 ADAMW_OPTIONS = ("lr", "weight_decay", "betas", "eps")
