@@ -4,8 +4,8 @@
 // y = (1 - beta1) z + beta1 x. The parameter holds y and the state z, so x is never stored:
 //   z' = z - lr u,  x' = (1 - c) x + c z',  y' = (1 - c) y + c z - lr (1 - beta1 (1 - c)) u
 // where u is Adam's gradient over the root of its second moment, plus decay y, and c is this step's share of
-// the average (mlsys_engine/optim/rules/schedule_free_adamw.py). The first step takes z from the parameter. Inf and
-// nan flow through.
+// the average (mlsys_engine/optim/rules/schedule_free_adamw.py). The first step takes z from the parameter.
+// Inf and nan flow through.
 #pragma once
 
 #include "optim/rules/math.h"
