@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ def check_range(name: str, value: Any, *, low: float = 0.0, below: float = math.
             f"A number of at least {low:g}{upper} is expected.",
             f"Choose {name} in that range.",
         )
+
+
+def check_betas(betas: Sequence[Any]) -> None:
+    """What running means keep of themselves in a step: each in [0, 1)."""
+    for index, beta in enumerate(betas):
+        check_range(f"betas[{index}]", beta, below=1.0)
 
 
 def check_flag_is_off(group: dict[str, Any], name: str, action: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mlsys_engine.optim import base, device_steps, norms
+from mlsys_engine.optim import OPTIMIZERS, base, device_steps, norms
 from mlsys_engine.optim.rules import adafactor
-from tests.optim.variants import error_bounds, every_variant, gradients_for, make
+from tests.optim.variants import EPSILON, error_bounds, every_variant, gradients_for, make
 
 
 @pytest.fixture
@@ -46,6 +46,19 @@ def test_torch_path_agrees_with_the_kernels_and_is_announced_once(
     for a, b, bound in zip(slow, native, bounds, strict=True):
         assert ((a - b).abs() <= 2 * bound).all()
     assert optimizer.state_dict()["state"].keys() == kernels.state_dict()["state"].keys()
+
+
+@pytest.mark.usefixtures("no_native_kernels")
+@pytest.mark.filterwarnings("ignore:.*no native kernels")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_on_the_torch_path_the_rate_may_be_a_tensor_as_well(name: str) -> None:
+    by_number, by_tensor = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    for parameter, rate in ((by_number, 0.125), (by_tensor, torch.tensor(0.125))):
+        parameter.grad = gradients_for((3, 4), 1, seed=0)[0]
+        make(name, [parameter], {"lr": rate}).step()
+    # At most the update's product with the rate is rounded otherwise, of values of a few units.
+    assert (by_number - by_tensor).abs().max() <= 4 * EPSILON
+    assert not torch.equal(by_number, torch.ones(3, 4))
 
 
 @pytest.mark.usefixtures("no_native_kernels")

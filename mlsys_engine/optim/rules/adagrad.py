@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adagrad import adagrad as torch_adagrad
 from torch.optim.optimizer import ParamsT
 
-from mlsys_engine.optim.base import NativeOptimizer
+from mlsys_engine.optim.base import Group, NativeOptimizer
 from mlsys_engine.optim.checks import check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
 
@@ -55,10 +55,10 @@ class Adagrad(NativeOptimizer):
             precision,
         )
 
-    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def moment_names(self, group: Group) -> tuple[str, ...]:
         return ("sum",)
 
-    def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    def hyper_row(self, group: Group) -> tuple[float | Tensor, ...]:
         return (
             group["lr"],
             group["lr_decay"],
@@ -68,7 +68,7 @@ class Adagrad(NativeOptimizer):
             -1.0 if group["maximize"] else 1.0,
         )
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         for name in ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"):
             check_range(name, group[name])
         check_flag_is_off(group, "differentiable", "Switch it off, or use torch.optim.Adagrad.")
@@ -85,9 +85,7 @@ class Adagrad(NativeOptimizer):
                     packed["state"][index] = {"step": torch.tensor(0.0), "sum": initial.detach()}
         return packed
 
-    def torch_step(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
-    ) -> None:
+    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
         states = [self.state[parameter] for parameter in params]
         for state, is_fresh in zip(states, fresh, strict=True):
             if is_fresh:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mlsys_engine.optim.checks import check_flag_is_off, check_range
+from mlsys_engine.optim.base import Group
 from mlsys_engine.optim.formats import Precision
+from mlsys_engine.optim.rules.adam_family import adam_hyper, check_adam_group
 from mlsys_engine.optim.rules.tensor_rule import TensorRule, norms, ratio_or_one
 
 
@@ -50,32 +51,18 @@ class LAMB(TensorRule):
             precision,
         )
 
-    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def moment_names(self, group: Group) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
-        beta1, beta2 = group["betas"]
-        return (
-            group["lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            0.0 if group["exclude"] else group["weight_decay"],
-            -1.0 if group["maximize"] else 1.0,
-            0.0 if group["exclude"] else 1.0,
-        )
+    def hyper_row(self, group: Group) -> tuple[float | Tensor, ...]:
+        if group["exclude"]:
+            return *adam_hyper({**group, "weight_decay": 0.0}), 0.0
+        return *adam_hyper(group), 1.0
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"])
-        for index, beta in enumerate(group["betas"]):
-            check_range(f"betas[{index}]", beta, below=1.0)
-        check_range("eps", group["eps"])
-        check_range("weight_decay", group["weight_decay"])
-        check_flag_is_off(group, "differentiable", "Switch it off.")
+    def check_group(self, group: Group) -> None:
+        check_adam_group(group, "Switch it off.")
 
-    def torch_step(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
-    ) -> None:
+    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
         lr, (beta1, beta2), adapt = group["lr"], group["betas"], not group["exclude"]
         decay = group["weight_decay"] if adapt else 0.0
         states = [self.state[parameter] for parameter in params]

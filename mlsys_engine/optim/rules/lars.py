@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.errors import ConfigError
+from mlsys_engine.optim.base import Group
 from mlsys_engine.optim.checks import check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
 from mlsys_engine.optim.rules.tensor_rule import TensorRule, norms
@@ -53,10 +54,10 @@ class LARS(TensorRule):
             precision,
         )
 
-    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def moment_names(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",)
 
-    def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    def hyper_row(self, group: Group) -> tuple[float | Tensor, ...]:
         return (
             group["lr"],
             group["momentum"],
@@ -67,7 +68,7 @@ class LARS(TensorRule):
             0.0 if group["exclude"] else 1.0,
         )
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         for name in ("lr", "momentum", "weight_decay", "trust"):
             check_range(name, group[name])
         check_flag_is_off(group, "differentiable", "Switch it off.")
@@ -78,9 +79,7 @@ class LARS(TensorRule):
                 "Set momentum=0.9, or nesterov=False.",
             )
 
-    def torch_step(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
-    ) -> None:
+    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
         lr, momentum, decay, trust, nesterov, sign, adapt = self.hyper_row(group)
         grads = list(torch._foreach_mul(grads, sign))
         for parameter, gradient, size, slope in zip(params, grads, norms(params), norms(grads), strict=True):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mlsys_engine.optim.base import NativeOptimizer
-from mlsys_engine.optim.checks import check_flag_is_off, check_range
+from mlsys_engine.optim.base import Group, NativeOptimizer
+from mlsys_engine.optim.checks import check_betas, check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
 
 
@@ -46,24 +46,21 @@ class Lion(NativeOptimizer):
             precision,
         )
 
-    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def moment_names(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    def hyper_row(self, group: Group) -> tuple[float | Tensor, ...]:
         beta1, beta2 = group["betas"]
         sign = -1.0 if group["maximize"] else 1.0
         return group["lr"], beta1, beta2, group["weight_decay"], sign
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         check_range("lr", group["lr"])
-        for index, beta in enumerate(group["betas"]):
-            check_range(f"betas[{index}]", beta, below=1.0)
+        check_betas(group["betas"])
         check_range("weight_decay", group["weight_decay"])
         check_flag_is_off(group, "differentiable", "Switch it off.")
 
-    def torch_step(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
-    ) -> None:
+    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
         beta1, beta2 = group["betas"]
         rate = group["lr"]
         moments = [self.state[parameter]["exp_avg"] for parameter in params]

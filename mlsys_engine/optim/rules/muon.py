@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import FlatArena
 from mlsys_engine.optim.base import Group, NativeOptimizer
-from mlsys_engine.optim.checks import check_flag_is_off, check_range
+from mlsys_engine.optim.checks import check_betas, check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
 from mlsys_engine.optim.rules.adamw import AdamW
 from mlsys_engine.optim.rules.muon_parts import MuonParts
@@ -101,8 +101,7 @@ class Muon(NativeOptimizer):
         check_range("weight_decay", group["weight_decay"])
         check_range("momentum", group["momentum"], below=1.0)
         check_range("eps", group["eps"])
-        for index, beta in enumerate(group["betas"] if "betas" in group else group["adamw_betas"]):
-            check_range(f"betas[{index}]", beta, below=1.0)
+        check_betas(group["betas"] if "betas" in group else group["adamw_betas"])
         check_flag_is_off(group, "differentiable", "Switch it off, or use torch.optim.Muon.")
         if group["use_muon"] and group["moments"] != "fp32":
             raise ConfigError(

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.optim.base import NativeOptimizer
-from mlsys_engine.optim.checks import check_flag_is_off, check_range
+from mlsys_engine.optim.base import Group, NativeOptimizer
+from mlsys_engine.optim.checks import check_range
 from mlsys_engine.optim.formats import MASTER_KEY, Precision
+from mlsys_engine.optim.rules.adam_family import adam_hyper, check_adam_group
 
 Scalar = float | Tensor
 # The group's own scalar state: steps so far, the largest warmed-up rate, the sum of the average's weights,
@@ -75,26 +76,15 @@ class ScheduleFreeAdamW(NativeOptimizer):
             precision,
         )
 
-    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def moment_names(self, group: Group) -> tuple[str, ...]:
         return "z", "exp_avg_sq"
 
-    def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
-        beta1, beta2 = group["betas"]
-        return (
-            group["scheduled_lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            -1.0 if group["maximize"] else 1.0,
-            group["share"],
-        )
+    def hyper_row(self, group: Group) -> tuple[float | Tensor, ...]:
+        return *adam_hyper({**group, "lr": group["scheduled_lr"]}), group["share"]
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"])
-        for index, beta in enumerate(group["betas"]):
-            check_range(f"betas[{index}]", beta, below=1.0)
-        for name in ("eps", "weight_decay", "warmup_steps", "weight_lr_power"):
+    def check_group(self, group: Group) -> None:
+        check_adam_group(group, "Switch it off.")
+        for name in ("warmup_steps", "weight_lr_power"):
             check_range(name, group[name])
         check_range("r", group["r"], low=-1.0)
         if group["betas"][0] == 0:
@@ -103,7 +93,6 @@ class ScheduleFreeAdamW(NativeOptimizer):
                 "Gradients at z alone leave no way back from the average to it.",
                 "Choose betas[0] above 0, 0.9 as a rule, or use AdamW.",
             )
-        check_flag_is_off(group, "differentiable", "Switch it off.")
 
     # ---- training and evaluation
 
@@ -168,9 +157,7 @@ class ScheduleFreeAdamW(NativeOptimizer):
                 group.update(values)
             raise
 
-    def torch_step(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
-    ) -> None:
+    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
         (beta1, beta2), share, rate = group["betas"], group["share"], group["scheduled_lr"]
         for parameter, gradient, is_fresh in zip(params, grads, fresh, strict=True):
             state = self.state[parameter]
@@ -188,7 +175,7 @@ class ScheduleFreeAdamW(NativeOptimizer):
             z.sub_(rate * update)
 
 
-def _advance_average(group: dict[str, Any], kept: Scalar) -> None:
+def _advance_average(group: Group, kept: Scalar) -> None:
     """This step's rate and share; a step that is skipped (kept 0, known to the device alone) adds nothing."""
     count = group["k"] + 1.0
     warm = _smaller(count / group["warmup_steps"], 1.0) if group["warmup_steps"] > 0 else 1.0

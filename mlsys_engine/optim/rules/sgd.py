@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd as torch_sgd
 
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.optim.base import NativeOptimizer
+from mlsys_engine.optim.base import Group, NativeOptimizer
 from mlsys_engine.optim.checks import check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
 
@@ -54,10 +54,10 @@ class SGD(NativeOptimizer):
             precision,
         )
 
-    def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def moment_names(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def hyper_row(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    def hyper_row(self, group: Group) -> tuple[float | Tensor, ...]:
         return (
             group["lr"],
             group["momentum"],
@@ -67,7 +67,7 @@ class SGD(NativeOptimizer):
             -1.0 if group["maximize"] else 1.0,
         )
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: Group) -> None:
         check_range("lr", group["lr"])
         check_range("momentum", group["momentum"])
         check_range("weight_decay", group["weight_decay"])
@@ -80,9 +80,7 @@ class SGD(NativeOptimizer):
                 "Set momentum=0.9, dampening=0, or nesterov=False.",
             )
 
-    def torch_step(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fresh: list[bool]
-    ) -> None:
+    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
         states = [self.state.get(parameter, {}) for parameter in params]
         # A zero buffer stands for "no step yet" before the first step; torch wants None there.
         buffers = [
