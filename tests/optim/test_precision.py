@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.models import GPT, GPTConfig
-from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, averaged_weights, optimizer_class
+from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, averaged_weights
 from mlsys_engine.optim.formats import Stored
 from mlsys_engine.optim.storage import away, decoded, encoded, joined, remainder_of
 from tests.optim.variants import VARIANTS, WITH_FORMS, gradients_for, make
@@ -62,8 +62,6 @@ def test_a_float_is_the_sum_of_its_two_halves_for_every_kind_of_float() -> None:
 def test_a_split_master_an_fp32_master_and_an_fp32_parameter_have_one_trajectory(
     name: str, moments: str
 ) -> None:
-    if moments != "fp32" and not optimizer_class(name).moment_kinds:
-        pytest.skip("the rule has no moments to narrow")
     for variant in VARIANTS[name]:
         whole, split, copied = start(torch.float32), start(torch.bfloat16), start(torch.bfloat16)
         options = {**variant, "moments": moments}
