@@ -54,7 +54,7 @@ def cast(model: nn.Module, stored: torch.dtype | None) -> Iterator[None]:
         parameter.data = data.to(stored)
     try:
         yield
-    except BaseException:
+    except BaseException:  # an interrupt, too, must not leave the caller's model cast
         for parameter, data in before.items():
             parameter.data = data
         raise

@@ -152,7 +152,7 @@ class ScheduleFreeAdamW(NativeOptimizer):
                 if any(parameter.grad is not None for parameter in group["params"]):
                     _advance_average(group, kept)
             super()._advance(grad_scale, skip, zero_grad)
-        except Exception:
+        except Exception:  # whatever refused the step: nothing has stepped, so the averages must not count it
             for group, values in zip(self.param_groups, before, strict=True):
                 group.update(values)
             raise
