@@ -78,12 +78,17 @@ class NativeOptimizer(torch.optim.Optimizer):
     def check_group(self, group: Group) -> None:
         """Rule: raises ConfigError for hyper-parameters that cannot work."""
 
-    @abstractmethod
     def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
         """Rule: torch's own fastest step on self.state, for devices that have no native kernels.
 
-        `fresh` tells of each parameter whether this is its first step.
+        `fresh` tells of each parameter whether this is its first step. Rules with a `step_on` of their own
+        need none.
         """
+        raise ConfigError(
+            f"{type(self).__name__} has parameters on {params[0].device}.",
+            "This build has no kernels for that device, and the rule has no torch_step for it.",
+            "Move the model to the CPU, or give the rule a torch_step.",
+        )
 
     # ---- torch.optim.Optimizer
 

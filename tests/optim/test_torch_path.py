@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlsys_engine.optim import OPTIMIZERS, base, device_steps, norms
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.optim import OPTIMIZERS, SGD, base, device_steps, norms
 from mlsys_engine.optim.rules import adafactor
 from tests.optim.variants import EPSILON, error_bounds, every_variant, gradients_for, make
 
@@ -59,6 +60,19 @@ def test_on_the_torch_path_the_rate_may_be_a_tensor_as_well(name: str) -> None:
     # At most the update's product with the rate is rounded otherwise, of values of a few units.
     assert (by_number - by_tensor).abs().max() <= 4 * EPSILON
     assert not torch.equal(by_number, torch.ones(3, 4))
+
+
+@pytest.mark.usefixtures("no_native_kernels")
+@pytest.mark.filterwarnings("ignore:.*no native kernels")
+def test_a_rule_that_torch_cannot_step_is_refused_on_the_torch_path() -> None:
+    class KernelsOnly(SGD):
+        torch_step = base.NativeOptimizer.torch_step
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    with pytest.raises(ConfigError, match=r"KernelsOnly has parameters on cpu.*no torch_step"):
+        KernelsOnly([parameter]).step()
+    assert torch.equal(parameter, torch.ones(3))
 
 
 @pytest.mark.usefixtures("no_native_kernels")

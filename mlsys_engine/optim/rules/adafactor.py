@@ -189,10 +189,6 @@ class Adafactor(NativeOptimizer):
             maximize=group["maximize"],
         )
 
-    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
-        states = [_ensured(self.state[parameter], parameter) for parameter in params]
-        self._torch_step(group, list(zip(params, grads, states, [0] * len(params), strict=True)), 1.0)
-
 
 def _runs_on(device: torch.device) -> bool:
     return device.type == "cpu" and is_native(device)

@@ -190,9 +190,6 @@ class Muon(NativeOptimizer):
                 parts.adopt(params, grads)
         return parts
 
-    def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:
-        raise NotImplementedError  # the parts have their own
-
 
 def is_hidden_matrix(item: Any) -> bool:
     """Whether Muon steps it by default: a matrix or more, not an embedding or a head by its name."""
