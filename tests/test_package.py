@@ -24,6 +24,7 @@ before = look()
 import mlsys_engine
 after = look()
 heavy = ["transformers", "mpi4py", "matplotlib", "torch._dynamo", "torch._inductor", "tyro", "pytest"]
+heavy += ["torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp"]
 print(json.dumps({"before": before, "after": after, "heavy": [name for name in heavy if name in sys.modules],
                   "cuda": torch.cuda.is_initialized(), "threads": threading.active_count()}))
 """

@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+DEFAULT_KEEP_LAST = 3  # older checkpoints of a directory are removed
 _FINAL_NAME = re.compile(r"^step-(\d{8,})$")
 
 

@@ -113,15 +113,3 @@ class SafeLoadPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Called by DCP for every non-tensor value."""
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
-
-
-def loads_safely(value: Any) -> bool:
-    """Whether `value` comes back through a checkpoint, which holds tensors and plain Python values only."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError, RuntimeError):
-        return False
-    return True

@@ -19,8 +19,6 @@ from mlsys_engine.checkpoint.marker import SCHEMA_VERSION, FileRecord, Marker, r
 from mlsys_engine.errors import CheckpointError
 from mlsys_engine.memory.flat_shard import FlatShard
 
-DEFAULT_KEEP_LAST = 3
-
 
 def save(
     directory: str | Path,
@@ -28,7 +26,7 @@ def save(
     contents: Contents,
     *,
     plan_hash: str,
-    keep_last: int = DEFAULT_KEEP_LAST,
+    keep_last: int = folder.DEFAULT_KEEP_LAST,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Saves `contents` as `<directory>/step-<step>` and returns that path. Every rank calls it, with one file

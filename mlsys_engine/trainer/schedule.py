@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from mlsys_engine.checkpoint.safe_reading import loads_safely
+from mlsys_engine.checkpoint.plain_values import loads_safely
 from mlsys_engine.errors import ConfigError
 
 LrSchedule = Callable[[torch.optim.Optimizer], LRScheduler] | Callable[[int], float]

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from mlsys_engine import checkpoint
 from mlsys_engine.checkpoint import marker, safe_reading
+from mlsys_engine.checkpoint.plain_values import loads_safely
 from mlsys_engine.errors import CheckpointError
 from tests.checkpoint.samples import contents
 
@@ -87,9 +88,9 @@ def test_values_are_loaded_as_weights_only(tmp_path: Path) -> None:
     ],
 )
 def test_what_loads_safely_is_known_before_it_is_saved(value: object, safe: bool, tmp_path: Path) -> None:
-    assert safe_reading.loads_safely(value) is safe
+    assert loads_safely(value) is safe
 
 
 def test_a_function_does_not_load_safely() -> None:
-    assert not safe_reading.loads_safely({"f": len})
-    assert not safe_reading.loads_safely({"f": lambda: 0})
+    assert not loads_safely({"f": len})
+    assert not loads_safely({"f": lambda: 0})
