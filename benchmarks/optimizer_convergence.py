@@ -11,7 +11,6 @@ The run fails when a split and an fp32 master of one bf16 model are not the same
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import hardware
-from rich.console import Console
-from rich.table import Table
+from interleaved import show, write_results
 from torch import Tensor, nn
 
 from mlsys_engine.data import stdlib_corpus
@@ -124,6 +121,9 @@ def train(task: Task, form: str, seed: int, steps: int) -> tuple[float, list[Ten
     return statistics.fmean(losses), [parameter.detach().clone() for parameter in model.parameters()]
 
 
+COLUMNS = ("task", "form", "mean", "standard deviation", "from fp32, in its deviations")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,9 +132,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
-    table = Table(title=f"validation loss after {options.steps} steps, {options.seeds} seeds")
-    for column in ("task", "form", "mean", "standard deviation", "from fp32, in its deviations"):
-        table.add_column(column)
+    rows: list[list[str]] = []
     results: list[dict[str, Any]] = []
     for task in (Text(), Digits()):
         wide: list[float] = []
@@ -148,14 +146,12 @@ def main() -> None:
             mean, spread = statistics.fmean(losses), statistics.stdev(losses)
             apart = (mean - statistics.fmean(wide)) / statistics.stdev(wide)
             results.append({"task": task.name, "form": form, "losses": losses, "apart": apart})
-            table.add_row(task.name, form, f"{mean:.4f}", f"{spread:.4f}", f"{apart:+.2f}")
+            rows.append([task.name, form, f"{mean:.4f}", f"{spread:.4f}", f"{apart:+.2f}"])
         pairs = zip(masters["bf16 split"], masters["bf16 fp32 master"], strict=True)
         if not all(torch.equal(a, b) for split, whole in pairs for a, b in zip(split, whole, strict=True)):
             sys.exit(f"{task.name}: a split and an fp32 master ended with different bits.")
-    Console(width=110).print(table)
-    if options.json:
-        record = {"hardware": hardware(), "steps": options.steps, "results": results}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    show(f"validation loss after {options.steps} steps, {options.seeds} seeds", COLUMNS, rows)
+    write_results(options.json, steps=options.steps, results=results)
 
 
 if __name__ == "__main__":

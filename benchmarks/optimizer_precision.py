@@ -11,19 +11,13 @@ fails when their parameters end further apart than their rounding explains.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from optimizers import hardware
-from rich.console import Console
-from rich.table import Table
+from interleaved import options_of, show, take_turns, write_results
 from torch import Tensor
 
 from mlsys_engine.optim import AdamW, LossScaler, clip_scale
@@ -145,14 +139,9 @@ def plain_steps(numel: int) -> list[Case]:
 
 
 def measure(cases: list[Case], rounds: int, threads: int) -> list[Result]:
-    times: list[list[float]] = [[] for _ in cases]
-    for case in cases:
-        case.run()
-    for _ in range(rounds):
-        for case, samples in zip(cases, times, strict=True):
-            begin = time.perf_counter()
-            case.run()
-            samples.append(time.perf_counter() - begin)
+    runs = [case.run for case in cases]
+    take_turns(runs, 1)  # makes the state
+    times = take_turns(runs, rounds)
     check(cases, rounds + 1)
     return [
         Result(
@@ -177,31 +166,25 @@ def check(cases: list[Case], steps: int) -> None:
             sys.exit(f"{case.workload}: {case.system} ended apart: the timing means nothing.")
 
 
-def show(results: list[Result], machine: dict[str, str]) -> None:
-    table = Table(title=f"AdamW in every stored form, minimum of interleaved rounds\n{machine['cpu']}")
-    for column in ("workload", "threads", "system", "best ms", "median ms", "bytes stored", "x the first"):
-        table.add_column(column, justify="left" if column in {"workload", "system"} else "right")
-    for row in results:
-        table.add_row(
-            row.workload,
-            str(row.threads),
-            row.system,
-            f"{row.best_ms:.2f}",
-            f"{row.median_ms:.2f}",
-            f"{row.bytes_stored:.2f}",
-            f"{row.speedup:.2f}",
-        )
-    Console(width=max(110, Console().width)).print(table)
+COLUMNS = ("workload", "threads", "system", "best ms", "median ms", "bytes stored", "x the first")
+
+
+def cells(result: Result) -> list[str]:
+    """The result's row under COLUMNS."""
+    return [
+        result.workload,
+        str(result.threads),
+        result.system,
+        f"{result.best_ms:.2f}",
+        f"{result.median_ms:.2f}",
+        f"{result.bytes_stored:.2f}",
+        f"{result.speedup:.2f}",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser = options_of(__doc__, threads=(1, 2), rounds=9)
     parser.add_argument("--numel", type=int, default=50_000_000)
-    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     results: list[Result] = []
     for threads in options.threads:
@@ -212,11 +195,8 @@ def main() -> None:
             lambda: plain_steps(options.numel),
         ):
             results += measure(make(), options.rounds, threads)
-    machine = hardware()
-    show(results, machine)
-    if options.json:
-        record = {"hardware": machine, "rounds": options.rounds, "results": [asdict(row) for row in results]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    show("AdamW in every stored form, minimum of interleaved rounds", COLUMNS, map(cells, results))
+    write_results(options.json, rounds=options.rounds, results=results)
 
 
 if __name__ == "__main__":

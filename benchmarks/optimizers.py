@@ -9,19 +9,13 @@ ceiling is a kernel built beside ours that reads four arrays and writes three wi
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from interleaved import options_of, show, take_turns, write_results
 
 from mlsys_engine.memory.flat_arena import FlatArena, layout_slots
 from mlsys_engine.optim import AdamW, clip_scale
@@ -135,12 +129,7 @@ def step_cases(num_tensors: int, numel: int, *, clip: bool) -> list[Case]:
 
 
 def measure(cases: list[Case], rounds: int, threads: int) -> list[Result]:
-    times: list[list[float]] = [[] for _ in cases]
-    for _ in range(rounds):
-        for case, samples in zip(cases, times, strict=True):
-            start = time.perf_counter()
-            case.run()
-            samples.append(time.perf_counter() - start)
+    times = take_turns([case.run for case in cases], rounds)
     check(cases, rounds)
     best = {case.system: min(samples) for case, samples in zip(cases, times, strict=True)}
     results = []
@@ -179,77 +168,37 @@ def check(cases: list[Case], steps: int) -> None:
                 )
 
 
-def hardware() -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        name = f"{models[0]}, {len(models)} cores" if models else name
-    return {
-        "cpu": name,
-        "simd": operators().simd_level(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+COLUMNS = ("workload", "threads", "system", "best ms", "median ms", "GB/s", "x torch fused", "of ceiling")
 
 
-def show(results: list[Result], machine: dict[str, str]) -> None:
-    table = Table(
-        title=f"AdamW step, fp32, minimum of interleaved rounds\n{machine['cpu']}, {machine['simd']}"
-    )
-    for column in (
-        "workload",
-        "threads",
-        "system",
-        "best ms",
-        "median ms",
-        "GB/s",
-        "x torch fused",
-        "of ceiling",
-    ):
-        table.add_column(column, justify="left" if column in {"workload", "system"} else "right")
-    for result in results:
-        table.add_row(
-            result.workload,
-            str(result.threads),
-            result.system,
-            f"{result.best_ms:.2f}",
-            f"{result.median_ms:.2f}",
-            f"{result.gigabytes_per_second:.1f}",
-            f"{result.speedup:.2f}" if result.speedup else "",
-            f"{result.of_ceiling:.2f}" if result.of_ceiling else "",
-        )
-    Console(width=max(100, Console().width)).print(table)
+def cells(result: Result) -> list[str]:
+    """The result's row under COLUMNS."""
+    return [
+        result.workload,
+        str(result.threads),
+        result.system,
+        f"{result.best_ms:.2f}",
+        f"{result.median_ms:.2f}",
+        f"{result.gigabytes_per_second:.1f}",
+        f"{result.speedup:.2f}" if result.speedup else "",
+        f"{result.of_ceiling:.2f}" if result.of_ceiling else "",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser = options_of(__doc__, threads=(1, 2), rounds=15)
     parser.add_argument("--numel", type=int, default=50_000_000, help="elements of the one large tensor")
     parser.add_argument("--tensors", type=int, default=5000, help="number of small tensors")
     parser.add_argument("--tensor-numel", type=int, default=1000, help="elements of a small tensor")
-    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    results = []
+    results: list[Result] = []
     for threads in options.threads:
         torch.set_num_threads(threads)
         for num_tensors, numel in ((1, options.numel), (options.tensors, options.tensor_numel)):
             for clip in (False, True):
                 results += measure(step_cases(num_tensors, numel, clip=clip), options.rounds, threads)
-    machine = hardware()
-    show(results, machine)
-    if options.json:
-        record = {
-            "hardware": machine,
-            "rounds": options.rounds,
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    show("AdamW step, fp32, minimum of interleaved rounds", COLUMNS, map(cells, results))
+    write_results(options.json, rounds=options.rounds, results=results)
 
 
 if __name__ == "__main__":

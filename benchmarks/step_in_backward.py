@@ -13,17 +13,12 @@ same weights (torch's within rounding), or the run fails.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
+import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from interleaved import options_of, show, take_turns, write_results
 from torch import nn
 
 from mlsys_engine.optim import AdamW, step_in_backward
@@ -112,22 +107,22 @@ SYSTEMS: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
 }
 
 
+def iterate(net: nn.Module, x: torch.Tensor, after: Callable[[], object]) -> None:
+    net(x).square().mean().backward()
+    after()
+
+
 def measure(workload: str, threads: int, rounds: int) -> list[Result]:
     num_layers, width, batch = WORKLOADS[workload]
     x = torch.randn(batch, width, generator=torch.Generator().manual_seed(1))
     nets = {name: Layers(num_layers, width) for name in SYSTEMS}
     peaks = {name: LiveGradients(net) for name, net in nets.items()}
     after = {name: build(nets[name]) for name, build in SYSTEMS.items()}
-    times: dict[str, list[float]] = {name: [] for name in SYSTEMS}
-    for number in range(rounds + 2):  # two to warm up; the first clipped backward only measures
-        for name, net in nets.items():
-            started = time.perf_counter()
-            net(x).square().mean().backward()
-            after[name]()
-            if number >= 2:
-                times[name].append(time.perf_counter() - started)
-            if number == 1:
-                peaks[name].remove()
+    iterations = [functools.partial(iterate, net, x, after[name]) for name, net in nets.items()]
+    take_turns(iterations, 2)  # to warm up; the first clipped backward only measures
+    for peak in peaks.values():
+        peak.remove()
+    times = dict(zip(nets, take_turns(iterations, rounds), strict=True))
     check(nets)
     num_params = len(list(nets["ordinary"].parameters()))
     base = min(times["ordinary"])
@@ -156,50 +151,30 @@ def check(nets: dict[str, nn.Module]) -> None:
             raise SystemExit("torch recipe: other weights than ordinary steps")
 
 
-def show(results: list[Result]) -> None:
-    table = Table(title="Step in backward, minimum of interleaved rounds")
-    for heading in (
-        "workload",
-        "system",
-        "threads",
-        "ms",
-        "us a parameter beyond ordinary",
-        "gradients, MiB",
-    ):
-        table.add_column(heading, justify="left" if heading in {"workload", "system"} else "right")
-    for result in results:
-        table.add_row(
-            result.workload,
-            result.system,
-            str(result.threads),
-            f"{result.best_ms:.2f}",
-            f"{result.us_per_parameter:+.1f}",
-            f"{result.peak_gradient_mib:.2f}",
-        )
-    Console(width=110).print(table)
+COLUMNS = ("workload", "system", "threads", "ms", "us a parameter beyond ordinary", "gradients, MiB")
+
+
+def cells(result: Result) -> list[str]:
+    """The result's row under COLUMNS."""
+    return [
+        result.workload,
+        result.system,
+        str(result.threads),
+        f"{result.best_ms:.2f}",
+        f"{result.us_per_parameter:+.1f}",
+        f"{result.peak_gradient_mib:.2f}",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    results = []
+    options = options_of(__doc__, threads=(1,), rounds=7).parse_args()
+    results: list[Result] = []
     for threads in options.threads:
         torch.set_num_threads(threads)
         for workload in WORKLOADS:
             results += measure(workload, threads, options.rounds)
-    show(results)
-    if options.json:
-        record = {
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(record, indent=1))
+    show("Step in backward, minimum of interleaved rounds", COLUMNS, map(cells, results))
+    write_results(options.json, rounds=options.rounds, results=results)
 
 
 if __name__ == "__main__":
