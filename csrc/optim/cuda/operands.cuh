@@ -194,6 +194,19 @@ struct Eight {
     }
   }
 
+  template <int kStates>
+  __device__ __forceinline__ void read_states(float (&states)[kMaxStates][kPerThread]) const {
+#pragma unroll
+    for (int index = 0; index < kStates; ++index) read_state(index, states[index]);
+  }
+
+  // Called by all threads of a warp.
+  template <int kStates>
+  __device__ __forceinline__ void write_states(const float (&states)[kMaxStates][kPerThread]) const {
+#pragma unroll
+    for (int index = 0; index < kStates; ++index) write_state(index, states[index]);
+  }
+
   __device__ __forceinline__ void average(const float (&param)[kPerThread], double decay) const {
     const auto rest = static_cast<float>(1.0 - decay);
     float mean[kPerThread];

@@ -28,58 +28,46 @@ __device__ __forceinline__ void block_sums(double (&values)[kTensorSums]) {
 }
 
 template <class Rule>
-__device__ __forceinline__ void measure_chunk(const typename Rule::Scalars& s, const Segment& segment,
-                                              double step, int64_t begin, int64_t end,
+__device__ __forceinline__ void measure_chunk(const typename Rule::Scalars& s, const Chunk& chunk,
                                               double (&sums)[kTensorSums]) {
-  constexpr int64_t kRound = static_cast<int64_t>(kThreads) * kPerThread;
-  for (int64_t base = begin; base < end; base += kRound) {
-    const int64_t first = base + static_cast<int64_t>(threadIdx.x) * kPerThread;
-    const int64_t left = end - first;
-    const int count = static_cast<int>(left < 0 ? 0 : left < kPerThread ? left : kPerThread);
-    const Eight eight{segment, first, count, step};
+  for (int64_t base = chunk.begin; base < chunk.end; base += kRound) {
+    const Eight eight = chunk.eight(base);
     float param[kPerThread], grad[kPerThread], states[kMaxStates][kPerThread] = {};
     eight.read_param(param);
     eight.read_grad(grad);
-#pragma unroll
-    for (int index = 0; index < Rule::kNumStates; ++index) eight.read_state(index, states[index]);
+    eight.read_states<Rule::kNumStates>(states);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       float state[kMaxStates] = {states[0][i], states[1][i], states[2][i]};
       const float update = Rule::measure(s, grad[i], param[i], state);
-      if (i < count) {
+      if (i < eight.count) {
         sums[0] += static_cast<double>(param[i]) * param[i];
         sums[1] += static_cast<double>(update) * update;
       }
 #pragma unroll
       for (int index = 0; index < Rule::kNumStates; ++index) states[index][i] = state[index];
     }
-#pragma unroll
-    for (int index = 0; index < Rule::kNumStates; ++index) eight.write_state(index, states[index]);
+    eight.write_states<Rule::kNumStates>(states);
   }
 }
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads) measure_kernel(StepLaunch launch, double* terms) {
   if (launch.control[1] != 0.0) return;
-  __shared__ typename Rule::Scalars scalars;
-  __shared__ Segment segment;
-  for (int64_t chunk = blockIdx.x; chunk < launch.total_chunks; chunk += gridDim.x) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      segment = launch.segments[find_segment(launch.segments, launch.num_segments, chunk)];
-      scalars = Rule::prepare(launch.hyper + segment.hyper_row * kHyperColumns,
-                              launch.steps[segment.step_index], launch.control[0]);
-    }
-    __syncthreads();
-    const int64_t begin = (chunk - segment.first_chunk) * kChunkElements;
-    const int64_t end = begin + kChunkElements < segment.numel ? begin + kChunkElements : segment.numel;
-    double sums[kTensorSums] = {};
-    measure_chunk<Rule>(scalars, segment, launch.steps[segment.step_index], begin, end, sums);
-    block_sums(sums);
-    if (threadIdx.x == 0) {
-      for (int sum = 0; sum < kTensorSums; ++sum) terms[chunk * kTensorSums + sum] = sums[sum];
-    }
-  }
+  using Scalars = typename Rule::Scalars;
+  for_chunks_of_block<Scalars>(
+      launch,
+      [](const double* hyper, double step, double grad_scale, int64_t) {
+        return Rule::prepare(hyper, step, grad_scale);
+      },
+      [terms](const Scalars& s, const Chunk& chunk) {
+        double sums[kTensorSums] = {};
+        measure_chunk<Rule>(s, chunk, sums);
+        block_sums(sums);
+        if (threadIdx.x == 0) {
+          for (int sum = 0; sum < kTensorSums; ++sum) terms[chunk.index * kTensorSums + sum] = sums[sum];
+        }
+      });
 }
 
 static __global__ void __launch_bounds__(kThreads)
@@ -103,22 +91,13 @@ static __global__ void __launch_bounds__(kThreads)
 template <class Rule>
 __global__ void __launch_bounds__(kThreads) apply_kernel(StepLaunch launch, const double* sums) {
   if (launch.control[1] != 0.0) return;
-  __shared__ typename Rule::Scalars scalars;
-  __shared__ Segment segment;
-  for (int64_t chunk = blockIdx.x; chunk < launch.total_chunks; chunk += gridDim.x) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const int64_t row = find_segment(launch.segments, launch.num_segments, chunk);
-      segment = launch.segments[row];
-      scalars = Rule::prepare(launch.hyper + segment.hyper_row * kHyperColumns,
-                              launch.steps[segment.step_index], launch.control[0], sums + row * kTensorSums);
-    }
-    __syncthreads();
-    const int64_t begin = (chunk - segment.first_chunk) * kChunkElements;
-    const int64_t end = begin + kChunkElements < segment.numel ? begin + kChunkElements : segment.numel;
-    step_chunk<Rule>(scalars, segment, launch.steps[segment.step_index],
-                     launch.hyper[segment.hyper_row * kHyperColumns + kAverageDecay], begin, end);
-  }
+  using Scalars = typename Rule::Scalars;
+  for_chunks_of_block<Scalars>(
+      launch,
+      [sums](const double* hyper, double step, double grad_scale, int64_t row) {
+        return Rule::prepare(hyper, step, grad_scale, sums + row * kTensorSums);
+      },
+      [](const Scalars& s, const Chunk& chunk) { step_chunk<Rule>(s, chunk); });
 }
 
 template <class Measure, class Apply>
