@@ -5,6 +5,7 @@ Written from the papers and from torch's documentation, one step of one tensor a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS
 
 State = MutableMapping[str, Any]
-NORM_LANES = 32  # csrc/optim/sum_of_squares.cpp: kLanes
+NORM_LANES = 32  # csrc/optim/sum_of_squares.cpp: WideChunkSum
+NARROW_LANES, NARROW_RUN = 64, 32  # and NarrowChunkSum
 
 
 def adamw(parameter: Tensor, gradient: Tensor, state: State, group: MutableMapping[str, Any]) -> Tensor:
@@ -198,14 +200,33 @@ REFERENCES: dict[str, Callable[[Tensor, Tensor, State, MutableMapping[str, Any]]
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
     """The sum that the kernel must give bit for bit: chunks, lanes, a tree of lanes, then chunk by chunk."""
-    total = 0.0
-    for tensor in tensors:
-        for chunk in tensor.reshape(-1).double().square().split(CHUNK_ELEMENTS):
-            lanes = [0.0] * NORM_LANES
-            for index, value in enumerate(chunk.tolist()):
-                lanes[index % NORM_LANES] += value
-            while len(lanes) > 1:
-                half = len(lanes) // 2
-                lanes = [lanes[i] + lanes[i + half] for i in range(half)]
-            total += lanes[0]
-    return total
+    return sum((_chunk_sum(chunk) for t in tensors for chunk in t.reshape(-1).split(CHUNK_ELEMENTS)), 0.0)
+
+
+def _chunk_sum(chunk: Tensor) -> float:
+    if chunk.dtype is not torch.float32:
+        total = _narrow_chunk_sum(chunk.float())
+        if 2.0**-90 <= total < math.inf:
+            return total
+    lanes = [0.0] * NORM_LANES
+    for index, value in enumerate(chunk.double().square().tolist()):
+        lanes[index % NORM_LANES] += value
+    return _add_lanes(lanes)
+
+
+def _narrow_chunk_sum(chunk: Tensor) -> float:
+    """Runs of squares added in float32, lane by lane, then in float64; the tree begins with neighbours."""
+    lanes = torch.zeros(NARROW_LANES, dtype=torch.float64)
+    for run in chunk.square().split(NARROW_LANES * NARROW_RUN):
+        total = torch.zeros(NARROW_LANES)
+        for row in run.split(NARROW_LANES):
+            total[: len(row)] += row
+        lanes += total.double()
+    return _add_lanes((lanes[0::2] + lanes[1::2]).tolist())
+
+
+def _add_lanes(lanes: list[float]) -> float:
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [lanes[i] + lanes[i + half] for i in range(half)]
+    return lanes[0]

@@ -11,16 +11,20 @@ from mlsys_engine.optim import SGD, AdamW, clip_scale, norms, reference, sum_of_
 from tests.optim.variants import EPSILON
 
 LENGTHS = (0, 1, 31, 32, 33, 4095, 4096, 4097, 10_001)
+NARROW = (torch.bfloat16, torch.float16)
+NARROW_BOUND = 2.0**-19  # csrc/optim/sum_of_squares.cpp
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_order_of_summation_is_the_reference_to_the_bit(length: int) -> None:
-    tensor = torch.randn(length, generator=torch.Generator().manual_seed(length))
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("length", [*LENGTHS, 63, 64, 65, 2047, 2049])
+def test_order_of_summation_is_the_reference_to_the_bit(length: int, dtype: torch.dtype) -> None:
+    tensor = torch.randn(length, generator=torch.Generator().manual_seed(length)).to(dtype)
     assert sum_of_squares([tensor]).item() == reference.sum_of_squares([tensor])
 
 
-def test_many_tensors_add_up_in_order_and_empty_ones_do_not_matter() -> None:
-    tensors = [torch.randn(length) for length in LENGTHS]
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+def test_many_tensors_add_up_in_order_and_empty_ones_do_not_matter(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(length).to(dtype) for length in LENGTHS]
     assert sum_of_squares(tensors).item() == reference.sum_of_squares(tensors)
     total = sum_of_squares([])
     assert total.item() == 0.0
@@ -28,14 +32,15 @@ def test_many_tensors_add_up_in_order_and_empty_ones_do_not_matter() -> None:
     assert total.shape == ()
 
 
-def test_terms_by_chunk_add_up_to_the_sum_to_the_bit_whoever_has_made_them() -> None:
-    tensors = [torch.randn(length) for length in LENGTHS]
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+def test_terms_by_chunk_add_up_to_the_sum_to_the_bit_whoever_has_made_them(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(length).to(dtype) for length in LENGTHS]
     spans = torch.tensor([[tensor.data_ptr(), tensor.numel()] for tensor in tensors])
     terms = torch.empty(sum(-(-length // 4096) for length in LENGTHS), dtype=torch.float64)
     half = len(LENGTHS) // 2
     first = sum(-(-length // 4096) for length in LENGTHS[:half])
-    norms.squares_of_chunks(spans[half:], terms[first:])
-    norms.squares_of_chunks(spans[:half], terms[:first])
+    norms.squares_of_chunks(spans[half:], terms[first:], dtype)
+    norms.squares_of_chunks(spans[:half], terms[:first], dtype)
     assert norms.sum_of_terms(terms).item() == sum_of_squares(tensors).item()
     assert norms.sum_of_terms(terms[:0]).item() == 0.0
 
@@ -49,12 +54,33 @@ def test_unaligned_strided_and_column_major_tensors_are_summed_whole() -> None:
         assert abs(total - exact) <= 2 * view.numel() * 2.0**-53 * exact
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_sums_are_within_their_bound_of_the_exact_one(dtype: torch.dtype) -> None:
+    # Equal elements of full precision: every lane rounds the same way, so errors do not cancel.
+    for value in (1.0078125, 0.0076, 1.3333, 3e-5):
+        tensor = torch.full((20_000,), value, dtype=dtype)
+        exact = tensor.double().square().sum().item()
+        assert abs(sum_of_squares([tensor]).item() - exact) <= NARROW_BOUND * exact
+
+
+@pytest.mark.parametrize("size", [1e25, 3e38, 1e-12, 1e-14, 1e-19, 1e-25, 1e-38, 1e-40])
+def test_bf16_squares_that_float32_cannot_hold_are_counted(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensor = (torch.rand(10_001, generator=generator) * size).bfloat16()
+    for gradients in ([tensor], [tensor, torch.cat([tensor, torch.ones(9, dtype=torch.bfloat16)])]):
+        exact = torch.cat(gradients).double().square().sum().item()
+        assert exact > 0.0
+        assert abs(sum_of_squares(gradients).item() - exact) <= NARROW_BOUND * exact
+    assert sum_of_squares([tensor]).item() == reference.sum_of_squares([tensor])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
 @pytest.mark.parametrize("position", [0, 5, 31, 32, 4095, 4096, 9999])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_inf_and_nan_propagate_from_any_position(position: int, bad: float) -> None:
-    tensor = torch.ones(10_000)
+def test_inf_and_nan_propagate_from_any_position(position: int, bad: float, dtype: torch.dtype) -> None:
+    tensor = torch.ones(10_000, dtype=dtype)
     tensor[position] = bad
-    total = sum_of_squares([torch.ones(3), tensor]).item()
+    total = sum_of_squares([torch.ones(3, dtype=dtype), tensor]).item()
     assert math.isnan(total) if math.isnan(bad) else total == math.inf
 
 
