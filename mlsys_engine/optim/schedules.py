@@ -49,26 +49,45 @@ class WarmedUp:
     def _check_warmup(self) -> None:
         _check_count(self, "warmup_steps", 0)
 
-    def _check_decay(self, total_steps: int, final: float) -> None:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decaying(WarmedUp):
+    """What the schedules share that fall to `final` of the full rate at `total_steps`."""
+
+    total_steps: int
+    """Steps of the whole schedule, the warm-up included."""
+    warmup_steps: int = 0
+    """Steps in which the rate rises from zero."""
+    final: float = 0.0
+    """The last factor."""
+
+    def __post_init__(self) -> None:
+        self._check_decay()
+
+    def _check_decay(self) -> None:
         self._check_warmup()
         _check_count(self, "total_steps", 1)
-        if self.warmup_steps > total_steps:
+        if self.warmup_steps > self.total_steps:
             raise _refused(
                 self,
-                f"warmup_steps={self.warmup_steps}, total_steps={total_steps}",
+                f"warmup_steps={self.warmup_steps}, total_steps={self.total_steps}",
                 "The warm-up is part of total_steps.",
                 f"Set total_steps to {self.warmup_steps} or more, or warm up for fewer steps.",
             )
-        if not 0.0 <= final <= 1.0:  # also false for nan
+        if not 0.0 <= self.final <= 1.0:  # also false for nan
             raise _refused(
                 self,
-                f"final={final}",
+                f"final={self.final}",
                 "It is the last factor, from 0 to 1.",
                 "Pass for example final=0.1, for a tenth of the full rate.",
             )
 
-    def _progress(self, step: int, total_steps: int) -> float:
-        return min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+    def _progress(self, step: int) -> float:
+        """From 0 after the warm-up to 1 at `total_steps`, where it stays."""
+        return min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+
+    def _fallen(self, shape: str, progress: float) -> float:
+        return self.final + (1.0 - self.final) * _SHAPES[shape](progress)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,84 +105,52 @@ class Constant(WarmedUp):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Linear(WarmedUp):
+class Linear(Decaying):
     """A line from the full rate down to `final` of it."""
 
-    total_steps: int
-    """Steps of the whole schedule, the warm-up included."""
-    warmup_steps: int = 0
-    """Steps in which the rate rises from zero."""
-    final: float = 0.0
-    """The last factor."""
-
-    def __post_init__(self) -> None:
-        self._check_decay(self.total_steps, self.final)
-
     def after_warmup(self, step: int) -> float:
-        return _fallen("linear", self._progress(step, self.total_steps), self.final)
+        return self._fallen("linear", self._progress(step))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cosine(WarmedUp):
+class Cosine(Decaying):
     """Half a cosine from the full rate down to `final` of it (Loshchilov & Hutter 2017, without restarts)."""
 
-    total_steps: int
-    """Steps of the whole schedule, the warm-up included."""
-    warmup_steps: int = 0
-    """Steps in which the rate rises from zero."""
-    final: float = 0.0
-    """The last factor."""
-
-    def __post_init__(self) -> None:
-        self._check_decay(self.total_steps, self.final)
-
     def after_warmup(self, step: int) -> float:
-        return _fallen("cosine", self._progress(step, self.total_steps), self.final)
+        return self._fallen("cosine", self._progress(step))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Polynomial(WarmedUp):
+class Polynomial(Decaying):
     """(1 - progress) ** power, from the full rate down to `final` of it; LARS and LAMB use powers 2 and 1."""
 
-    total_steps: int
-    """Steps of the whole schedule, the warm-up included."""
-    warmup_steps: int = 0
-    """Steps in which the rate rises from zero."""
     power: float = 2.0
     """Above 1 the rate falls fastest at first, below 1 at last."""
-    final: float = 0.0
-    """The last factor."""
 
     def __post_init__(self) -> None:
-        self._check_decay(self.total_steps, self.final)
+        self._check_decay()
         if not (math.isfinite(self.power) and self.power > 0):
             raise _refused(self, f"power={self.power}", "A power is a positive number.", "Pass power=2.0.")
 
     def after_warmup(self, step: int) -> float:
-        remaining = 1.0 - self._progress(step, self.total_steps)
+        remaining = 1.0 - self._progress(step)
         return self.final + (1.0 - self.final) * remaining**self.power
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WarmupStableDecay(WarmedUp):
+class WarmupStableDecay(Decaying):
     """Warm-up, the full rate, and a decay over the last `decay_steps` (WSD, Hu et al. 2024, MiniCPM).
 
     One long stable phase serves trainings of several lengths: decay from any of its checkpoints.
     """
 
-    total_steps: int
-    """Steps of the whole schedule, warm-up and decay included."""
     decay_steps: int
     """Steps of the decay at the end; a tenth to a fifth of all is usual."""
-    warmup_steps: int = 0
-    """Steps in which the rate rises from zero."""
     decay: str = "linear"
     """Shape of the decay: "linear", "cosine", or "sqrt" for 1 - sqrt(progress) (Hagele et al. 2024)."""
-    final: float = 0.0
-    """The last factor."""
 
     def __post_init__(self) -> None:
-        self._check_decay(self.total_steps, self.final)
+        self._check_decay()
         _check_count(self, "decay_steps", 1)
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise _refused(
@@ -183,7 +170,7 @@ class WarmupStableDecay(WarmedUp):
 
     def after_warmup(self, step: int) -> float:
         begun = step - (self.total_steps - self.decay_steps)
-        return _fallen(self.decay, min(1.0, max(0.0, begun / self.decay_steps)), self.final)
+        return self._fallen(self.decay, min(1.0, max(0.0, begun / self.decay_steps)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,10 +232,6 @@ def scaled_lr(base_lr: float, *, batch_size: int, base_batch_size: int, rule: st
             did_you_mean(str(rule), _SCALING_RULES),
         )
     return base_lr * _SCALING_RULES[rule](batch_size / base_batch_size)
-
-
-def _fallen(shape: str, progress: float, final: float) -> float:
-    return final + (1.0 - final) * _SHAPES[shape](progress)
 
 
 def _check_count(schedule: WarmedUp, field: str, least: int) -> None:
