@@ -230,15 +230,16 @@ class NativeOptimizer(torch.optim.Optimizer):
         missing = [grad is None for grad in grads]
         plan = self._plan
         if plan is None or not plan.is_current(self, params, missing):
-            self._announce(params)
+            self._announce([parameter for parameter in params if not is_native(parameter.device)])
             plan = self._plan = StepPlan(self, params, missing)
         plan.run(self, [grad for grad in grads if grad is not None], grad_scale, skip, zero_grad)
 
-    def _announce(self, params: list[Tensor]) -> None:
-        strangers = {parameter.device for parameter in params if not is_native(parameter.device)}
-        if strangers and not self._announced:
+    def _announce(self, strangers: Iterable[Tensor]) -> None:
+        """Warns once of parameters on devices without kernels."""
+        devices = {parameter.device for parameter in strangers}
+        if devices and not self._announced:
             warnings.warn(
-                f"{type(self).__name__} has no native kernels for {', '.join(map(str, strangers))} in "
+                f"{type(self).__name__} has no native kernels for {', '.join(map(str, devices))} in "
                 "this build: torch's own implementation steps those parameters.",
                 stacklevel=6,
             )

@@ -11,13 +11,13 @@ import torch
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim import OPTIMIZERS, SGD, base, device_steps, norms
-from mlsys_engine.optim.rules import adafactor
+from mlsys_engine.optim.rules import adafactor, muon
 from tests.optim.variants import EPSILON, error_bounds, every_variant, gradients_for, make
 
 
 @pytest.fixture
 def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (adafactor, base, device_steps, norms):
+    for module in (adafactor, base, device_steps, muon, norms):
         monkeypatch.setattr(module, "is_native", lambda device: False)
 
 
@@ -38,9 +38,8 @@ def test_torch_path_agrees_with_the_kernels_and_is_announced_once(
             optimizer.step_scaled(grad_scale=0.5)
             optimizer.step_scaled(skip=torch.tensor(True))
             with monkeypatch.context() as patch:
-                patch.setattr(device_steps, "is_native", lambda device: True)
-                patch.setattr(base, "is_native", lambda device: True)
-                patch.setattr(adafactor, "is_native", lambda device: True)
+                for module in (adafactor, base, device_steps, muon):
+                    patch.setattr(module, "is_native", lambda device: True)
                 kernels.step_scaled(grad_scale=0.5)
     assert sum("no native kernels for cpu" in str(warning.message) for warning in caught) == 1
     bounds = error_bounds(name, optimizer, slow, steps=4, smallest=0.25, largest=1.0, parameter=2.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -128,7 +127,7 @@ class Adafactor(NativeOptimizer):
         ]
         for parameter, gradient, _ in present:
             check_gradient(gradient, parameter, self.name_of(parameter))
-        self._announce([parameter for parameter, _, _ in present])
+        self._announce([parameter for parameter, _, _ in present if not _runs_on(parameter.device)])
         stepped = [(p, g, _ensured(self.state[p], p), number) for p, g, number in present]
         native = [item for item in stepped if _runs_on(item[0].device)]
         if native:
@@ -139,16 +138,6 @@ class Adafactor(NativeOptimizer):
                 self._torch_step(group, own, grad_scale)
         if zero_grad:
             torch._foreach_zero_([gradient for _, gradient, _ in present])
-
-    def _announce(self, params: list[Tensor]) -> None:
-        strangers = {parameter.device for parameter in params if not _runs_on(parameter.device)}
-        if strangers and not self._announced:
-            warnings.warn(
-                f"Adafactor has no native kernels for {', '.join(map(str, strangers))} in this build: "
-                "torch's own implementation steps those parameters.",
-                stacklevel=6,
-            )
-            self._announced = True
 
     def _native_step(self, stepped: Sequence[Stepped], grad_scale: float) -> None:
         steps = [state["step"] for _, _, state, _ in stepped]

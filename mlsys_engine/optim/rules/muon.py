@@ -14,6 +14,7 @@ from mlsys_engine.memory.flat_arena import FlatArena
 from mlsys_engine.optim.base import Group, NativeOptimizer
 from mlsys_engine.optim.checks import check_betas, check_flag_is_off, check_range
 from mlsys_engine.optim.formats import Precision
+from mlsys_engine.optim.kernels import is_native
 from mlsys_engine.optim.rules.adamw import AdamW
 from mlsys_engine.optim.rules.muon_parts import MuonParts
 from mlsys_engine.optim.rules.orthogonal import COEFFICIENTS
@@ -179,7 +180,7 @@ class Muon(NativeOptimizer):
         zero_grad: bool = False,
     ) -> None:
         """As every optimizer's; gradients of all are checked before anything changes."""
-        self._announce(self._parameters())
+        self._announce([parameter for parameter in self._parameters() if not is_native(parameter.device)])
         self._current_parts().step(grads, grad_scale, skip, zero_grad)
 
     def _current_parts(self) -> MuonParts:
