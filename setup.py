@@ -1,12 +1,13 @@
-"""Builds the three native extensions. Everything declarative is in pyproject.toml.
+"""Builds the four native extensions. Everything declarative is in pyproject.toml.
 
 _kernels     torch.ops.mlsys.* through torch's stable ABI (one binary serves several torch versions)
 _comm        the c10d process group, through torch's own headers and its bundled pybind11, with CUDA kernels
              when those of _kernels are built
+_tensors     what the optimizers ask of thousands of tensor objects, through torch's Python headers
 _activation  the recompute frame, plain pybind11, no torch headers
 
 Environment: MAX_JOBS, TORCH_CUDA_ARCH_LIST, MLSYS_BUILD_CUDA=0|1 (default: when torch has CUDA and nvcc is
-there), MLSYS_BUILD_ONLY=_kernels|_comm|_activation.
+there), MLSYS_BUILD_ONLY=_kernels|_comm|_tensors|_activation.
 """
 
 from __future__ import annotations
@@ -166,10 +167,11 @@ def plain(name: str, *patterns: str) -> Extension:
 
 
 def extensions() -> list[Extension]:
-    """All three, or the one that MLSYS_BUILD_ONLY names."""
+    """All four, or the one that MLSYS_BUILD_ONLY names."""
     every = [
         kernels(),
         comm(),
+        plain("_tensors", "csrc/bindings/tensors/*.cpp"),
         plain("_activation", "csrc/bindings/activation/*.cpp"),
     ]
     only = os.environ.get("MLSYS_BUILD_ONLY", "")

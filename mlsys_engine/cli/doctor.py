@@ -21,7 +21,7 @@ from mlsys_engine import __version__, telemetry
 from mlsys_engine.cli import doctor_hang, selftest
 from mlsys_engine.cli.output import Output
 from mlsys_engine.errors import NativeBuildError
-from mlsys_engine.native import build_info, load_activation, load_comm, load_kernels
+from mlsys_engine.native import build_info, load_activation, load_comm, load_kernels, load_tensors
 from mlsys_engine.telemetry.hardware import describe_threads
 from mlsys_engine.tracking import TRACKERS
 
@@ -29,6 +29,7 @@ _MPIRUN_TIMEOUT_S = 10.0
 _LOADERS: dict[str, Callable[[], object]] = {
     "kernels": load_kernels,
     "comm": load_comm,
+    "tensors": load_tensors,
     "activation": load_activation,
 }
 

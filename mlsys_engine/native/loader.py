@@ -1,4 +1,4 @@
-"""Finds, checks and loads the three extensions that setup.py builds. Nothing is loaded on import."""
+"""Finds, checks and loads the four extensions that setup.py builds. Nothing is loaded on import."""
 
 from __future__ import annotations
 
@@ -65,6 +65,13 @@ def load_comm() -> ModuleType:
     """The module with the native process group."""
     build_info()
     return importlib.import_module("mlsys_engine.native._comm")
+
+
+@functools.cache
+def load_tensors() -> ModuleType:
+    """The module that looks at thousands of tensors in one call."""
+    build_info()
+    return importlib.import_module("mlsys_engine.native._tensors")
 
 
 @functools.cache

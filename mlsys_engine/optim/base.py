@@ -20,8 +20,8 @@ from mlsys_engine.optim.checks import check_parameter
 from mlsys_engine.optim.formats import PRECISION, Form, Precision, check_precision, form_of
 from mlsys_engine.optim.kernels import is_native
 from mlsys_engine.optim.loading import matched_by_name, restore_wide
-from mlsys_engine.optim.norms import ArenaNorm
-from mlsys_engine.optim.plan import StepPlan, same
+from mlsys_engine.optim.norms import sum_over_gradients
+from mlsys_engine.optim.plan import StepPlan
 from mlsys_engine.optim.state import StepCounts, ensure_state
 
 Group = dict[str, Any]
@@ -50,7 +50,6 @@ class NativeOptimizer(torch.optim.Optimizer):
 
     # Caches, rebuilt on demand: torch's pickling and deepcopy carry defaults, state and groups only.
     _plan: StepPlan | None = None
-    _arena_norm: ArenaNorm | None = None
     _steps: StepCounts | None = None
     _adopted: tuple[AdoptedArena, ...] = ()
     _announced: bool = False
@@ -185,7 +184,7 @@ class NativeOptimizer(torch.optim.Optimizer):
         arena = AdoptedArena(params, grads)
         arena.claim(self._parameters(), self._names())
         self._adopted = (*self._adopted, arena)
-        self._plan = self._arena_norm = None
+        self._plan = None
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -196,15 +195,8 @@ class NativeOptimizer(torch.optim.Optimizer):
         `isfinite` of it tests all gradients at once. With DTensor parameters it is the sum over all shards on
         every rank, and a collective.
         """
-        params = self._parameters()
-        if self._adopted:
-            gradients = [parameter.grad for parameter in params]
-            if self._arena_norm is None or not same(self._arena_norm.params, params):
-                self._arena_norm = ArenaNorm(params, self._adopted)
-            present = [gradient for gradient in gradients if gradient is not None]
-            if (total := self._arena_norm.of(present)) is not None:
-                return total
-        return distributed.sum_of_squares(params, self.name_of)
+        total = sum_over_gradients([group["params"] for group in self.param_groups])
+        return distributed.sum_of_squares(self._parameters(), self.name_of) if total is None else total
 
     # ---- the step
 
@@ -215,7 +207,8 @@ class NativeOptimizer(torch.optim.Optimizer):
             if bool(skip):
                 return
             skip = False
-        self.step_on([parameter.grad for parameter in self._parameters()], grad_scale, skip, zero_grad)
+        if self._plan is None or not self._plan.repeat(self, grad_scale, skip, zero_grad):
+            self.step_on([parameter.grad for parameter in self._parameters()], grad_scale, skip, zero_grad)
 
     @torch.no_grad()
     def step_on(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlsys_engine.errors import ConfigError
+from mlsys_engine.native import load_tensors
 from mlsys_engine.optim.distributed import is_sharded
 from mlsys_engine.optim.formats import ZERO_GRAD
 from mlsys_engine.optim.kernels import is_native, step_operator
@@ -26,6 +27,13 @@ class DeviceStep(Protocol):
 
     def bind(self, gradients: list[Tensor]) -> None:
         """Checks this step's gradients; nothing has changed when it raises."""
+
+    @property
+    def watched(self) -> list[Tensor] | None:
+        """What must stay where it is for `rebind`; None where more must be known."""
+
+    def rebind(self, addresses: Tensor) -> bool:
+        """Binds gradients of the layout and types of the last ones; int64 on the CPU, as is their order."""
 
     def run(
         self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
@@ -55,6 +63,14 @@ class CpuStep:
         loose.bind(gradients, self._name_of)
         self._held = gradients
 
+    @property
+    def watched(self) -> list[Tensor] | None:
+        # Gradients that have left their arena may come back to it.
+        return self.segments.watched if self._arena in {None, self.segments} else None
+
+    def rebind(self, addresses: Tensor) -> bool:
+        return self.segments.rebind(addresses)
+
     def run(
         self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
     ) -> None:
@@ -71,7 +87,7 @@ class CpuStep:
 
     def prepare(self) -> None:
         """Before the kernel: what torch's in-place operations would also have done."""
-        torch.autograd.graph.increment_version(self._parameters)
+        load_tensors().increment_versions(self._parameters)
         self.segments.load_staged()
 
     def finish(self) -> None:
@@ -97,6 +113,13 @@ class CudaStep:
 
     def bind(self, gradients: list[Tensor]) -> None:
         self._cpu.bind(gradients)
+
+    @property
+    def watched(self) -> list[Tensor] | None:
+        return self._cpu.watched
+
+    def rebind(self, addresses: Tensor) -> bool:
+        return self._cpu.rebind(addresses)
 
     def run(
         self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
@@ -130,6 +153,13 @@ class TorchStep:
 
     def bind(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
+
+    @property
+    def watched(self) -> list[Tensor] | None:
+        return None
+
+    def rebind(self, addresses: Tensor) -> bool:
+        return False
 
     def run(
         self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool

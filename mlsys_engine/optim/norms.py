@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlsys_engine.optim.adopted import AdoptedArena
+from mlsys_engine.native import load_tensors
 from mlsys_engine.optim.formats import STORED
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS, is_native, operators
 from mlsys_engine.optim.segments import is_dense
@@ -62,26 +62,17 @@ def sum_of_terms(terms: Tensor) -> Tensor:
     return out
 
 
-class ArenaNorm:
-    """The sum of squares of gradients that lie in adopted arenas, whose table of addresses is made once."""
+def sum_over_gradients(groups: Sequence[list[Tensor]]) -> Tensor | None:
+    """`sum_of_squares` of the present gradients of lists of parameters, read in one native look.
 
-    def __init__(self, params: Sequence[Tensor], arenas: Sequence[AdoptedArena]) -> None:
-        self.params = params
-        homes = {parameter: arena for arena in arenas for parameter in arena.order}
-        views = [homes[p].grads.view(homes[p].slot(p)) for p in params] if homes.keys() >= set(params) else []
-        self._addresses = [view.data_ptr() for view in views]
-        self._spans = torch.tensor([[view.data_ptr(), view.numel()] for view in views], dtype=torch.int64)
-        self._device = views[0].device if len({view.device for view in views}) == 1 else None
-
-    def of(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        """0-d float64; None where a gradient lies elsewhere, or no kernel does."""
-        if self._device is None or not is_native(self._device):
-            return None
-        if list(map(Tensor.data_ptr, gradients)) != self._addresses:
-            return None
-        out = torch.empty((), dtype=torch.float64, device=self._device)
-        operators().sum_of_squares(self._spans, out)
-        return out
+    None where it takes more: no gradients, or unlike ones, DTensors, gaps, a device without kernels.
+    """
+    found = load_tensors().gradient_spans(groups)  # keeps the gradients' memory
+    if found is None or found.dtype not in STORED or not is_native(found.device):
+        return None
+    out = torch.empty((), dtype=torch.float64, device=found.device)
+    operators().sum_of_squares(found.spans, out, int(STORED[found.dtype]))
+    return out
 
 
 def clip_scale(sum_of_squares: Tensor, max_norm: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlsys_engine.native import load_tensors
 from mlsys_engine.optim import distributed
 from mlsys_engine.optim.device_steps import make_device_step
 from mlsys_engine.optim.state import ensure_state
@@ -52,6 +53,8 @@ class StepPlan:
         )
         self._keys = sorted(names.union(others, ("step",) if optimizer.counts_steps else ()))
         self._tensors = {key: [state.get(key) for state in self._states] for key in self._keys}
+        self._has_run = False
+        self._watch: Any = None  # native: knows what the last step was built from
 
     def is_current(self, optimizer: NativeOptimizer, params: list[Tensor], missing: list[bool]) -> bool:
         """Whether the same parameters step, in the same groups, with the same state at the same places."""
@@ -85,8 +88,48 @@ class StepPlan:
             torch.autograd.graph.increment_version(parameter)
         for indices, part in self._parts:
             part.bind(gradients if indices is None else [gradients[index] for index in indices])
+        # Not at the first step: where parameters take turns in having gradients, plans live for one.
+        self._watch = self._watched(gradients) if self._has_run else None
+        self._has_run = True
         for _, part in self._parts:
             part.run(optimizer, grad_scale, skip, zero_grad)
+
+    def repeat(
+        self, optimizer: NativeOptimizer, grad_scale: float | Tensor, skip: bool | Tensor, zero_grad: bool
+    ) -> bool:
+        """Steps on the parameters' own gradients, which may be new ones, if nothing else has changed.
+
+        One native look at all tensors, instead of the many questions of `is_current` and `run`. False, with
+        nothing done, where something may have changed, or is more than the look can judge.
+        """
+        if (
+            self._watch is None
+            or optimizer._adopted is not self._adopted
+            or optimizer.state is not self._state
+            or shape_of_groups(optimizer) != self._shape
+            or not self._watch.look([group["params"] for group in optimizer.param_groups])
+        ):
+            return False
+        ((_, part),) = self._parts
+        can_step = part.rebind(self._watch.addresses)
+        if can_step:
+            part.run(optimizer, grad_scale, skip, zero_grad)
+        self._watch.release()  # it has kept the gradients' memory until here
+        return can_step
+
+    def _watched(self, gradients: list[Tensor]) -> Any:
+        """What tells that `repeat` may step; None where it never may."""
+        watched = self._parts[0][1].watched if len(self._parts) == 1 and not self._sharded else None
+        if watched is None:
+            return None
+        present = iter(gradients)
+        return load_tensors().watch(
+            params=self._params,
+            gradients=[None if is_missing else next(present) for is_missing in self._missing],
+            watched=watched,
+            state=self._state,
+            keys=self._keys,
+        )
 
 
 class _GroupShape(NamedTuple):

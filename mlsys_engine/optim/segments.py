@@ -72,12 +72,13 @@ class LooseSegments:
         ]
         copies = {id(parameter): copy for parameter, copy in self._staged}
         self._flat = [copies.get(id(row.parameter), row.parameter) for row in rows]
-        self._strides = list(map(Tensor.stride, self._flat))
+        self._layouts = [(tensor.shape, tensor.stride()) for tensor in self._flat]
+        self._own_layouts = [(row.parameter.shape, row.parameter.stride()) for row in rows]
         self._grad_dtypes = [torch.float32] * len(rows)
         self.table = torch.zeros(len(rows), SEGMENT_COLUMNS, dtype=torch.int64)
         self._gradients = self.table.numpy()[:, GRAD_COLUMN]  # numpy's writes cost a tenth of torch's
-        self._watched = [tensor for row in rows for tensor in row.tensors]
-        self._addresses = list(map(Tensor.data_ptr, self._watched))
+        self._tensors = [tensor for row in rows for tensor in row.tensors]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
         fill_column(self.table, PARAM_COLUMN, self._flat)
         fill_column(self.table, MASTER_COLUMN, [row.master for row in rows])
         fill_column(self.table, EMA_COLUMN, [row.ema for row in rows])
@@ -98,14 +99,27 @@ class LooseSegments:
 
     def is_current(self) -> bool:
         """Whether every parameter and moment still lies where the table says."""
-        return list(map(Tensor.data_ptr, self._watched)) == self._addresses
+        return list(map(Tensor.data_ptr, self._tensors)) == self._addresses and all(
+            row.parameter.shape == shape and row.parameter.stride() == stride
+            for row, (shape, stride) in zip(self.rows, self._own_layouts, strict=True)
+        )
+
+    @property
+    def watched(self) -> list[Tensor] | None:
+        """What must stay where it is for `rebind`; None for parameters that are stepped through copies."""
+        return None if self._staged else self._tensors
+
+    def rebind(self, addresses: Tensor) -> bool:
+        """Writes the addresses of gradients that are laid out like the last ones that were bound."""
+        self._gradients[:] = addresses.numpy()
+        return True
 
     def bind(self, gradients: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
         """Writes the gradients' addresses; gradients of another layout are replaced in the list by copies."""
         if not self._all_match(gradients):
             for index, (row, flat, gradient) in enumerate(zip(self.rows, self._flat, gradients, strict=True)):
                 check_gradient(gradient, row.parameter, name_of(row.parameter))
-                if gradient.stride() != flat.stride():
+                if gradient.stride() != flat.stride() or gradient.is_neg():
                     gradients[index] = torch.empty_like(flat, dtype=gradient.dtype).copy_(gradient)
             self._grad_dtypes = [gradient.dtype for gradient in gradients]
             stored = torch.tensor([int(STORED[dtype]) for dtype in self._grad_dtypes], dtype=torch.int64)
@@ -113,11 +127,20 @@ class LooseSegments:
         self._gradients[:] = list(map(Tensor.data_ptr, gradients))
 
     def _all_match(self, gradients: list[Tensor]) -> bool:
-        # Complete, though cheap: torch itself holds a gradient to its parameter's shape and device. One pass,
-        # since with thousands of tensors fetching each object from memory is what costs.
+        # One pass, since with thousands of tensors fetching each object from memory is what costs.
+        device = self._flat[0].device  # of all rows
         try:
-            for gradient, stride, dtype in zip(gradients, self._strides, self._grad_dtypes, strict=True):
-                if gradient.stride() != stride or gradient.dtype is not dtype:
+            for gradient, (shape, stride), dtype in zip(
+                gradients, self._layouts, self._grad_dtypes, strict=True
+            ):
+                if (
+                    gradient.stride() != stride
+                    or gradient.shape
+                    != shape  # torch holds it to the parameter's, which may since be another
+                    or gradient.dtype is not dtype
+                    or gradient.device != device
+                    or gradient.is_neg()
+                ):
                     return False
         except RuntimeError:  # a sparse gradient has no strides
             return False
@@ -147,9 +170,10 @@ class ArenaSegments:
         self.rows = rows
         placed = [(arena_of(row.parameter), row) for row in rows]
         self._expected = [arena.grads.view(arena.slot(row.parameter)).data_ptr() for arena, row in placed]
+        self._expected_table = torch.tensor(self._expected, dtype=torch.int64)
         # The moments' memory is the arenas' own and cannot go away; looking at it took most of the time.
-        self._watched = [row.parameter for row in rows]
-        self._addresses = list(map(Tensor.data_ptr, self._watched))
+        self.watched: list[Tensor] | None = [row.parameter for row in rows]
+        self._addresses = [row.parameter.data_ptr() for row in rows]
         arenas = {id(arena): number for number, (arena, _) in enumerate(placed)}
         placed.sort(key=lambda pair: (arenas[id(pair[0])], pair[0].order[pair[1].parameter]))
         runs: list[list[tuple[AdoptedArena, Row]]] = []
@@ -178,11 +202,15 @@ class ArenaSegments:
 
     def is_current(self) -> bool:
         """Whether every parameter is still its view of the arenas."""
-        return list(map(Tensor.data_ptr, self._watched)) == self._addresses
+        return [row.parameter.data_ptr() for row in self.rows] == self._addresses
 
     def bind(self, gradients: list[Tensor]) -> bool:
         """Whether all gradients are the arenas' views; if not, they must be stepped as loose ones."""
         return list(map(Tensor.data_ptr, gradients)) == self._expected
+
+    def rebind(self, addresses: Tensor) -> bool:
+        """`bind` of gradients whose addresses have been read."""
+        return torch.equal(addresses, self._expected_table)
 
     def load_staged(self) -> None:
         """Nothing: slots are contiguous."""
