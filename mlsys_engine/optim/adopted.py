@@ -67,8 +67,3 @@ class AdoptedArena:
                 self.params.slots, torch.float32, device=self.params.data.device
             )
         return self._moments[name]
-
-    def holds_gradient(self, parameter: Tensor, gradient: Tensor) -> bool:
-        """Whether `gradient` is the view of this arena that belongs to `parameter`."""
-        view = self.grads.view(self.slot(parameter))
-        return gradient.data_ptr() == view.data_ptr() and gradient.stride() == view.stride()

@@ -75,11 +75,6 @@ class OptimizerShard:
         self._segments_key: Any = None
         self._used = _Used(self.parameters, self.steps.device)
 
-    @property
-    def num_elements(self) -> int:
-        """Elements of each moment on this rank, padding included."""
-        return self._num_owned
-
     def advance(self, amount: float | Tensor = 1.0) -> None:
         """Counts a step of the parameters that have a gradient; `amount` 0 makes it a skipped one."""
         self.steps += self._used.mask() * amount

@@ -37,9 +37,8 @@ class Muon(NativeOptimizer):
 
     rule: ClassVar[str] = "muon_momentum"
     counts_steps: ClassVar[bool] = False
-    moment_kinds: ClassVar[Mapping[str, str]] = (
-        AdamW.moment_kinds
-    )  # of its groups; momenta of matrices are exact
+    # Of AdamW's groups; momenta of matrices are exact.
+    moment_kinds: ClassVar[Mapping[str, str]] = AdamW.moment_kinds
     elementwise: ClassVar[bool] = False  # orthogonalisation needs whole matrices
     shardable: ClassVar[bool] = False
     separable: ClassVar[bool] = False

@@ -1,5 +1,4 @@
-"""Schedule-free AdamW (Defazio et al. 2024): no schedule and no horizon, an average of the iterates
-instead."""
+"""Schedule-free AdamW (Defazio et al. 2024): an average of the iterates instead of a schedule and its end."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from mlsys_engine.optim.rules.adam_family import adam_hyper, check_adam_group
 
 Scalar = float | Tensor
 # The group's own scalar state: steps so far, the largest warmed-up rate, the sum of the average's weights,
-# the present step's rate and its share of the average, and whether parameters hold y (training) or x
-# (evaluation).
+# and the present step's rate and its share of the average.
 AVERAGE_KEYS = ("k", "lr_max", "weight_sum", "scheduled_lr", "share")
 
 
@@ -51,9 +49,8 @@ class ScheduleFreeAdamW(NativeOptimizer):
         maximize: bool = False,
         **precision: Unpack[Precision],
     ) -> None:
-        self._training: dict[
-            Tensor, tuple[Tensor, int]
-        ] = {}  # y of parameters that hold x, and their version
+        # Of parameters that hold x: their y, and the version of the tensor that x was written as.
+        self._training: dict[Tensor, tuple[Tensor, int]] = {}
         super().__init__(
             params,
             {
