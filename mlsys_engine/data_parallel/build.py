@@ -28,6 +28,7 @@ from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import Allocate
 from mlsys_engine.numerics import PRECISION_RULES, Loss, seed_data_rank
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
+from mlsys_engine.optim.checks import check_max_grad_norm
 from mlsys_engine.plan import DTYPES, Plan
 
 # The loss that is scaled is a sum over what counts, not a mean: torch's 2**16 for a mean over 4096 tokens.
@@ -52,10 +53,7 @@ def build_runner(
     weights and buffers of rank 0 everywhere, refusals, hooks, random state. `loss_scaler` is for fp16, which
     has its own when none is given; `noise_scale` is told of every step's gradients.
     """
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ConfigError(
-            f"max_grad_norm={max_grad_norm}.", "It is a positive norm, or None.", "Leave it out to not clip."
-        )
+    check_max_grad_norm(max_grad_norm)
     _check_model(plan, model)
     scaler = _scaler(plan, loss_scaler)
     if noise_scale is not None:

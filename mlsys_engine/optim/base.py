@@ -16,7 +16,7 @@ from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory.flat_arena import FlatArena
 from mlsys_engine.optim import distributed
 from mlsys_engine.optim.adopted import AdoptedArena
-from mlsys_engine.optim.checks import check_parameter
+from mlsys_engine.optim.checks import check_keywords, check_parameter
 from mlsys_engine.optim.formats import PRECISION, Form, Precision, check_precision, form_of
 from mlsys_engine.optim.kernels import is_native
 from mlsys_engine.optim.loading import matched_by_name, restore_wide
@@ -55,8 +55,7 @@ class NativeOptimizer(torch.optim.Optimizer):
     _announced: bool = False
 
     def __init__(self, params: ParamsT, defaults: Group, precision: Precision | None = None) -> None:
-        if unknown := (precision or {}).keys() - PRECISION.keys():
-            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
+        check_keywords(type(self).__name__, precision or {}, PRECISION)
         defaults = {**defaults, **PRECISION, **(precision or {})}
         self._check_group(defaults)
         super().__init__(

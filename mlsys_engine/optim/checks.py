@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,9 +13,29 @@ from torch import Tensor
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.optim.formats import STORED
 
+# Arguments of torch's optimizers that choose between its implementations.
+TORCH_SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
+
+
+def check_keywords(optimizer: str, given: Iterable[str], known: Container[str]) -> None:
+    """Raises for keywords that an optimizer does not have, as Python would; for torch's switches says why."""
+    for keyword in sorted(given):
+        if keyword in TORCH_SWITCHES:
+            raise ConfigError(
+                f"{optimizer}({keyword}=...) was given.",
+                "The native optimizers have one implementation, which is fused: there is nothing to choose.",
+                f"Leave {keyword} out, or use torch's own optimizer.",
+            )
+        if keyword not in known:
+            raise TypeError(f"{optimizer}() got an unexpected keyword argument {keyword!r}")
+
 
 def check_range(name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
     """`value` (a number or a one-element tensor) must be in [low, below)."""
+    if not isinstance(value, Tensor | Real):
+        raise ConfigError(
+            f"{name}={value!r} was given.", "A number is expected.", f"Pass {name} as an int or a float."
+        )
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ConfigError(
             f"{name} is a tensor of shape {tuple(value.shape)}.",
@@ -33,10 +54,24 @@ def check_range(name: str, value: Any, *, low: float = 0.0, below: float = math.
         )
 
 
-def check_betas(betas: Sequence[Any]) -> None:
-    """What running means keep of themselves in a step: each in [0, 1)."""
+def check_betas(betas: Any) -> None:
+    """What two running means keep of themselves in a step: each in [0, 1)."""
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ConfigError(
+            f"betas={betas!r} was given.", "Two numbers are expected.", "Pass for example betas=(0.9, 0.999)."
+        )
     for index, beta in enumerate(betas):
         check_range(f"betas[{index}]", beta, below=1.0)
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """A norm to clip to must be positive; None is no clipping."""
+    if max_grad_norm is not None and not max_grad_norm > 0:  # also for nan
+        raise ConfigError(
+            f"max_grad_norm={max_grad_norm}.",
+            "It is a positive norm, or None.",
+            "Leave it out to not clip.",
+        )
 
 
 def check_flag_is_off(group: dict[str, Any], name: str, action: str) -> None:

@@ -118,11 +118,15 @@ def check_precision(group: dict[str, Any]) -> None:
                 did_you_mean(str(group[name]), [str(choice) for choice in allowed]),
             )
     ema = group["ema"]
-    if ema is not None and not 0.0 <= ema < 1.0:
+    if ema is not None and not (isinstance(ema, int | float) and 0.0 <= ema < 1.0):
         raise ConfigError(
             f"ema={ema!r} was given.",
             "The decay of a moving average is at least 0 and below 1, or None for no average.",
             "Choose ema=0.999, or leave it out.",
+        )
+    if not isinstance(group["seed"], int):
+        raise ConfigError(
+            f"seed={group['seed']!r} was given.", "A whole number is expected.", "Leave it out for 0."
         )
 
 

@@ -10,22 +10,20 @@ import math
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from mlsys_engine.errors import ConfigError, did_you_mean
-from mlsys_engine.optim.checks import check_range
+from mlsys_engine.optim.base import NativeOptimizer
+from mlsys_engine.optim.checks import check_max_grad_norm
 from mlsys_engine.optim.gradient_norm import GradientNorm
 from mlsys_engine.optim.norms import clip_scale
 from mlsys_engine.optim.operands import read_hyper
 from mlsys_engine.optim.parameter_step import OneOf, ParameterStep, parameter_step
 from mlsys_engine.optim.plan import same, shape_of_groups
-
-if TYPE_CHECKING:
-    from mlsys_engine.optim.base import NativeOptimizer
 
 CLIP_MODES = ("previous", "two_pass")
 
@@ -60,7 +58,14 @@ class StepInBackward:
     def __init__(
         self, optimizer: NativeOptimizer, *, max_grad_norm: float | None, clip: str, accumulate: int
     ) -> None:
+        check_max_grad_norm(max_grad_norm)
         _check(max_grad_norm, clip, accumulate)
+        if not isinstance(optimizer, NativeOptimizer):
+            raise ConfigError(
+                f"step_in_backward() with {type(optimizer).__module__}'s {type(optimizer).__name__}.",
+                "It steps the engine's own optimizers.",
+                "Build one of mls.optim, which take the arguments of their namesakes.",
+            )
         if not optimizer.separable:
             raise ConfigError(
                 f"step_in_backward() with {type(optimizer).__name__}.",
@@ -269,8 +274,6 @@ class StepInBackward:
 
 
 def _check(max_grad_norm: float | None, clip: str, accumulate: int) -> None:
-    if max_grad_norm is not None:
-        check_range("max_grad_norm", max_grad_norm)
     if clip not in CLIP_MODES:
         raise ConfigError(
             f"clip={clip!r} was given.",
@@ -283,7 +286,7 @@ def _check(max_grad_norm: float | None, clip: str, accumulate: int) -> None:
             "There is nothing to clip by.",
             "Set max_grad_norm, or leave clip out.",
         )
-    if accumulate < 1:
+    if not isinstance(accumulate, int) or accumulate < 1:
         raise ConfigError(
             f"accumulate={accumulate} was given.",
             "The number of backwards a step, at least 1, is expected.",

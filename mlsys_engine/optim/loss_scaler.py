@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlsys_engine.errors import CheckpointError, ConfigError
 from mlsys_engine.numerics import GradientScale, gradient_scale
+from mlsys_engine.optim.checks import check_max_grad_norm
 from mlsys_engine.optim.norms import sum_of_squares
 
 
@@ -88,12 +89,7 @@ class LossScaler:
         torch's it is what was stepped, or the scaled gradient of a skipped step. Call `update` after the
         steps of all optimizers.
         """
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigError(
-                f"max_grad_norm={max_grad_norm}.",
-                "It is a positive norm, or None.",
-                "Leave it out to not clip.",
-            )
+        check_max_grad_norm(max_grad_norm)
         native = optimizer if isinstance(optimizer, _ScalesWhileStepping) else None
         grads = [] if native else _gradients(optimizer)
         squares = native.sum_of_squares() if native else sum_of_squares(grads)

@@ -336,9 +336,10 @@ def test_checkpointed_layers_step_once_a_backward() -> None:
     "options",
     [
         {"accumulate": 0},
+        {"accumulate": 1.5},
         {"clip": "exact", "max_grad_norm": 1.0},
         {"clip": "two_pass"},
-        {"max_grad_norm": -1.0},
+        {"max_grad_norm": 0.0},
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
@@ -350,6 +351,12 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
 def test_rules_whose_step_is_more_than_their_parameters_own_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="each parameter by itself"):
         step_in_backward(make(name, [nn.Parameter(torch.ones(2, 2))], {}))
+
+
+def test_an_optimizer_of_torchs_own_is_refused() -> None:
+    theirs: Any = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ConfigError, match=r"torch\.optim.*AdamW.*engine's own"):
+        step_in_backward(theirs)
 
 
 def test_misuse_of_the_two_passes_is_refused() -> None:
