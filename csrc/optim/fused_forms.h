@@ -15,6 +15,7 @@
 
 #include "core/simd_dispatch.h"
 #include "optim/codes.h"
+#include "optim/half_pairs.h"
 #include "optim/segment.h"
 #include "optim/storage_kernels.h"
 
@@ -30,6 +31,9 @@ struct StaticForm {
                                     static_cast<uint64_t>(kMaster) << 8 |
                                     static_cast<uint64_t>(kFirst) << 12 |
                                     static_cast<uint64_t>(kSecond) << 16;
+  static constexpr bool kIsAllHalves = kMaster == Master::kSplit && kParam == Stored::kBFloat16 &&
+                                       kGrad == Stored::kBFloat16 && kFirst == Stored::kBFloat16 &&
+                                       kSecond == Stored::kBFloat16;  // half_pairs.h
 };
 
 template <Stored kForm>
@@ -162,9 +166,13 @@ struct CommonForms {
   static bool run(const typename Rule::Scalars& scalars, const Segment& segment, double step, int64_t begin,
                   int64_t end) {
     if (segment.stored().bits != Form::kBits) return false;
-    const FusedLoop<Rule, Form> loop{scalars, segment, draw_key(segment.key, step, 0, 0),
-                                     draw_key(segment.key, step, 1, 0)};
-    run_simd(simd_level(), loop, begin, end);
+    const DrawKey state_key = draw_key(segment.key, step, 0, 0),
+                  param_key = draw_key(segment.key, step, 1, 0);
+    if constexpr (Form::kIsAllHalves) {
+      run_simd(simd_level(), HalfPairsLoop<Rule>{scalars, segment, state_key}, begin, end);
+    } else {
+      run_simd(simd_level(), FusedLoop<Rule, Form>{scalars, segment, state_key, param_key}, begin, end);
+    }
     return true;
   }
 };

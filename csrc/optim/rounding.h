@@ -1,7 +1,7 @@
 // How one float becomes a narrower one and comes back: split in two halves without loss, or rounded by
 // chance.
 //
-// Integer code throughout, so that every instruction set and the GPU give the same bits. Tests:
+// Integer code but for the test for nan, so that every instruction set and the GPU give the same bits. Tests:
 // tests/optim/test_storage.py, against mlsys_engine/optim/reference_storage.py.
 #pragma once
 
@@ -13,24 +13,22 @@ namespace mlsys {
 
 // ---- a bfloat16 and the 16 bits below it
 
-// Ties go away from zero, because only then can the low half tell which way the high half was rounded.
-MLSYS_HD BFloat16 to_bfloat16_away(float value) {
-  const uint32_t bits = bits_of(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : (bits + 0x8000u) >> 16)};
-}
+// The bfloat16 is the upper half of this word. Ties go away from zero, because only then can the low half
+// tell which way the high half was rounded.
+MLSYS_HD uint32_t word_away(float value) { return value != value ? 0x7fc00000u : bits_of(value) + 0x8000u; }
+MLSYS_HD BFloat16 to_bfloat16_away(float value) { return {static_cast<uint16_t>(word_away(value) >> 16)}; }
 
-MLSYS_HD uint16_t low_half(float value) {
-  const uint32_t bits = bits_of(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>(is_nan ? 0u : bits);
-}
+// The low half is the lower half of this word.
+MLSYS_HD uint32_t low_word(float value) { return value != value ? 0u : bits_of(value); }
+MLSYS_HD uint16_t low_half(float value) { return static_cast<uint16_t>(low_word(value)); }
 
 // A low half of 0x8000 and more says that the high half was rounded up: as a signed number it takes that
-// back.
+// back. Both are the upper halves of their words here; what is below the low one does not matter.
+MLSYS_HD float join_words(uint32_t high, uint32_t low) {
+  return float_from_bits(high + static_cast<uint32_t>(static_cast<int32_t>(low) >> 16));
+}
 MLSYS_HD float join_halves(BFloat16 high, uint16_t low) {
-  const auto below = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low)));
-  return float_from_bits((static_cast<uint32_t>(high.bits) << 16) + below);
+  return join_words(static_cast<uint32_t>(high.bits) << 16, static_cast<uint32_t>(low) << 16);
 }
 
 // ---- random numbers: a function of (parameter, step, element) and of nothing else
@@ -63,11 +61,13 @@ MLSYS_HD uint32_t draw(DrawKey key, uint32_t element) {
 
 // ---- stochastic rounding, by 16 random bits
 
-// Up with the probability of the dropped fraction, so the expectation is the value itself.
+// Up with the probability of the dropped fraction, so the expectation is the value itself. The bfloat16 is
+// the upper half of this word.
+MLSYS_HD uint32_t word_by_chance(float value, uint32_t random) {
+  return value != value ? 0x7fc00000u : bits_of(value) + random;
+}
 MLSYS_HD BFloat16 to_bfloat16_by_chance(float value, uint32_t random) {
-  const uint32_t bits = bits_of(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : (bits + random) >> 16)};
+  return {static_cast<uint16_t>(word_by_chance(value, random) >> 16)};
 }
 
 MLSYS_HD Float16 to_float16_by_chance(float value, uint32_t random) {

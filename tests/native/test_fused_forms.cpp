@@ -47,6 +47,15 @@ struct StoredParameter {
     fill(second, narrow(format.state(1)), codes(format.state(1)), true);
   }
 
+  // Nan and both infs among bf16 gradients: on either side of a word, and in the last element.
+  void spoil_narrow_gradients() {
+    auto* bits = reinterpret_cast<uint16_t*>(grad.data());
+    bits[10] = bits[kNumel - 1] = 0x7fc1;
+    bits[11] = 0xff80;
+    bits[71] = 0x7f81;
+    bits[100] = 0x7f80;
+  }
+
   Segment segment(uint64_t form) {
     const auto at = [](auto& values) {
       return static_cast<int64_t>(reinterpret_cast<uintptr_t>(values.data()));
@@ -70,10 +79,13 @@ struct StoredParameter {
 };
 
 template <class Form>
-void check_form() {
+void check_form(bool with_bad_gradients = false) {
   const double hyper[kHyperColumns] = {1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0};
   const auto scalars = AdamW::prepare(hyper, 3.0, 0.5);
   StoredParameter fused(Form::kBits), general(Form::kBits);
+  for (StoredParameter* stored : {&fused, &general}) {
+    if (with_bad_gradients) stored->spoil_narrow_gradients();
+  }
   const StoredParameter before = fused;
   const Segment fused_segment = fused.segment(Form::kBits), general_segment = general.segment(Form::kBits);
   CHECK(CommonForms<AdamW>::step(scalars, fused_segment, 3.0, 0, StoredParameter::kNumel));
@@ -95,6 +107,11 @@ TEST(every_fused_form_has_the_bits_of_the_general_driver) {
   check_form<StaticForm<kHalf, Master::kSplit, kWide, kSigned, kUnsigned>>();
   check_form<StaticForm<kHalf, Master::kNone, kHalf, kSigned, kUnsigned>>();
   check_form<StaticForm<kWide, Master::kNone, kWide, kSigned, kUnsigned>>();
+}
+
+TEST(nan_and_inf_in_halves_are_rounded_as_the_general_driver_rounds_them) {
+  constexpr Stored kHalf = Stored::kBFloat16;
+  check_form<StaticForm<kHalf, Master::kSplit, kHalf, kHalf, kHalf>>(/*with_bad_gradients=*/true);
 }
 
 TEST(a_form_without_a_loop_of_its_own_is_left_to_the_general_driver) {
