@@ -19,11 +19,11 @@ def averaged_weights(optimizer: NativeOptimizer) -> Iterator[None]:
     Parameters that have not stepped yet stay what they are. Raises ConfigError for an optimizer without
     averages.
     """
-    if all(group["ema"] is None for group in optimizer.param_groups):
+    if all(group.get("ema") is None for group in optimizer.param_groups):
         raise ConfigError(
             f"{type(optimizer).__name__} keeps no average of the weights.",
             "An optimizer built with ema= does.",
-            f"Build it with mls.optim.{type(optimizer).__name__}(..., ema=0.999).",
+            "Build one with it, such as mls.optim.AdamW(..., ema=0.999).",
         )
     kept = []
     try:

@@ -40,7 +40,7 @@ def check_range(name: str, value: Any, *, low: float = 0.0, below: float = math.
         raise ConfigError(
             f"{name} is a tensor of shape {tuple(value.shape)}.",
             "One element is expected.",
-            f"Pass a number, or torch.tensor({name}).",
+            "Pass a number, or a tensor without dimensions.",
         )
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return  # reading it would wait for the device

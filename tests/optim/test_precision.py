@@ -200,9 +200,10 @@ def test_the_average_follows_the_weights_and_stands_in_for_them_when_asked(dtype
 
 
 def test_asking_for_averages_that_nobody_keeps_is_refused() -> None:
-    optimizer = make("sgd", [torch.nn.Parameter(torch.ones(2))], {"lr": 0.1})
-    with pytest.raises(ConfigError, match="keeps no average"), averaged_weights(optimizer):
-        pass
+    theirs: Any = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    for optimizer in (make("sgd", [torch.nn.Parameter(torch.ones(2))], {"lr": 0.1}), theirs):
+        with pytest.raises(ConfigError, match="keeps no average"), averaged_weights(optimizer):
+            pass
 
 
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16])

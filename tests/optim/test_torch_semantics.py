@@ -227,6 +227,15 @@ def test_adamw_options_that_cannot_work_are_refused(options: dict[str, Any]) -> 
         AdamW([torch.nn.Parameter(torch.ones(2))], **options)
 
 
+def test_adagrads_state_of_narrow_parameters_without_a_step_is_float32() -> None:
+    stepped, waiting = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = Adagrad([stepped, waiting], initial_accumulator_value=0.1)
+    stepped.grad = torch.ones_like(stepped)
+    optimizer.step()
+    initial = optimizer.state_dict()["state"][1]["sum"]
+    assert torch.equal(initial, torch.full((3,), 0.1)) and not initial.requires_grad
+
+
 def test_adagrads_state_of_parameters_without_a_step_is_what_torch_gives_them() -> None:
     ours, theirs = twins((3,), (4,))
     optimizer, peer = Adagrad(ours, initial_accumulator_value=0.5), torch.optim.Adagrad(theirs)

@@ -81,8 +81,9 @@ class Adagrad(NativeOptimizer):
         for group, packed_group in zip(self.param_groups, packed["param_groups"], strict=True):
             for parameter, index in zip(group["params"], packed_group["params"], strict=True):
                 if index not in packed["state"]:
-                    initial = torch.full_like(parameter, group["initial_accumulator_value"])
-                    packed["state"][index] = {"step": torch.tensor(0.0), "sum": initial.detach()}
+                    value = group["initial_accumulator_value"]
+                    initial = torch.full_like(parameter, value, dtype=torch.float32, requires_grad=False)
+                    packed["state"][index] = {"step": torch.tensor(0.0), "sum": initial}
         return packed
 
     def torch_step(self, group: Group, params: list[Tensor], grads: list[Tensor], fresh: list[bool]) -> None:

@@ -109,7 +109,13 @@ class Muon(NativeOptimizer):
                 "Their momentum is float32.",
                 "Give it to a group with use_muon=False, whose moments are AdamW's.",
             )
-        if not 0 <= group["ns_steps"] < 100:
+        if len(group["ns_coefficients"]) != 3:
+            raise ConfigError(
+                f"ns_coefficients={group['ns_coefficients']} was given.",
+                "Three are expected, of x, x^3 and x^5.",
+                "Leave them out for those of Jordan et al. 2024.",
+            )
+        if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] < 100:
             raise ConfigError(
                 f"ns_steps={group['ns_steps']} was given.",
                 "From 0 to 99 rounds are expected.",

@@ -193,6 +193,8 @@ def test_bf16_parameters_step_like_float32_ones_through_their_masters(master: st
     [
         ({"moments": "int8"}, "momentum is float32"),
         ({"ns_steps": 100}, "From 0 to 99"),
+        ({"ns_steps": 2.5}, "From 0 to 99"),
+        ({"ns_coefficients": (1.5, -0.5)}, "Three are expected"),
         ({"adjust_lr_fn": "other"}, "match_rms_adamw"),
         ({"momentum": 1.0}, "momentum=1"),
     ],
