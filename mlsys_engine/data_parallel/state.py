@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from mlsys_engine.errors import CheckpointError
-from mlsys_engine.optim.storage import away
+from mlsys_engine.optim.storage import to_bfloat16_away
 from mlsys_engine.trace import inventory
 
 
@@ -102,7 +102,7 @@ def restore_masters(model: nn.Module, optimizer_state: Mapping[str, Mapping[str,
         if not isinstance(master, torch.Tensor) or parameter.dtype is not torch.float32:
             continue
         master = master.to(parameter.device)
-        roundings = (away(master), master.bfloat16(), master.half())
+        roundings = (to_bfloat16_away(master), master.bfloat16(), master.half())
         is_own = torch.stack([rounded.float() == parameter for rounded in roundings]).any(0)
         parameter.copy_(torch.where(is_own, master, parameter))
 

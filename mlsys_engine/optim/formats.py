@@ -76,6 +76,7 @@ EMA_KEY = "ema"
 SCALE_SUFFIX = "_scale"
 # Keys of state[p], beside the moments, whose values are laid out like the parameter.
 LIKE_PARAMETER = ("remainder", "master", EMA_KEY)
+# Bits of a segment's Format, beside those of Form.code: the form of its gradient, and whether to zero it.
 GRAD_SHIFT, ZERO_GRAD = 4, 1 << 24
 
 

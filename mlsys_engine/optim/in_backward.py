@@ -22,7 +22,7 @@ from mlsys_engine.optim.checks import check_max_grad_norm
 from mlsys_engine.optim.gradient_norm import GradientNorm
 from mlsys_engine.optim.norms import clip_scale
 from mlsys_engine.optim.operands import read_hyper
-from mlsys_engine.optim.parameter_step import OneOf, ParameterStep, parameter_step
+from mlsys_engine.optim.parameter_step import ParameterStep, SoleGradientStep, parameter_step
 from mlsys_engine.optim.plan import same, shape_of_groups
 
 CLIP_MODES = ("previous", "two_pass")
@@ -88,7 +88,7 @@ class StepInBackward:
         self._inside_closure = False
         self._lock = threading.Lock()
         self._hooks: dict[Tensor, RemovableHandle] = {}
-        self._steps: dict[Tensor, OneOf | ParameterStep] = {}
+        self._steps: dict[Tensor, SoleGradientStep | ParameterStep] = {}
         self._hyper: Tensor | None = None  # of this backward
         self._params: list[Tensor] = []
         self._shape: Any = None
@@ -247,7 +247,7 @@ class StepInBackward:
 
     # ---- what is kept from step to step
 
-    def _ready(self, parameter: Tensor) -> OneOf | ParameterStep:
+    def _ready(self, parameter: Tensor) -> SoleGradientStep | ParameterStep:
         ready = self._steps.get(parameter)
         if ready is None or not ready.is_current():
             ready = parameter_step(self._optimizer, self._params, self._positions[parameter])

@@ -13,8 +13,8 @@ from mlsys_engine.optim.device_steps import CpuStep, make_device_step
 from mlsys_engine.optim.state import ensure_state
 
 
-class OneOf:
-    """The step of one parameter by a rule that has its own way of stepping: nobody else has a gradient."""
+class SoleGradientStep:
+    """A parameter's step by a rule with a `step_on` of its own: it is told that no other has a gradient."""
 
     def __init__(self, optimizer: NativeOptimizer, params: Sequence[Tensor], position: int) -> None:
         self._optimizer, self._num_params, self._position = optimizer, len(params), position
@@ -38,10 +38,10 @@ class OneOf:
 
 def parameter_step(
     optimizer: NativeOptimizer, params: Sequence[Tensor], position: int
-) -> OneOf | ParameterStep:
+) -> SoleGradientStep | ParameterStep:
     """How `optimizer` steps the parameter at `position` of its `params` alone."""
     own = type(optimizer).step_on is not NativeOptimizer.step_on
-    return (OneOf if own else ParameterStep)(optimizer, params, position)
+    return (SoleGradientStep if own else ParameterStep)(optimizer, params, position)
 
 
 class ParameterStep:

@@ -44,7 +44,7 @@ class WarmedUp:
 
     @abstractmethod
     def after_warmup(self, step: int) -> float:
-        """The factor of a step that the warm-up has ended before; 1 for the first such step."""
+        """The factor of a step after the warm-up; 1 for the first."""
 
     def _check_warmup(self) -> None:
         _check_count(self, "warmup_steps", 0)

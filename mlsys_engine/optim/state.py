@@ -24,7 +24,7 @@ from mlsys_engine.optim.formats import (
 )
 from mlsys_engine.optim.kernels import is_native
 from mlsys_engine.optim.segments import Row, is_dense
-from mlsys_engine.optim.storage import away, decoded, encoded, joined, num_scales, remainder_of
+from mlsys_engine.optim.storage import decoded, encoded, joined, num_scales, remainder_of, to_bfloat16_away
 
 if TYPE_CHECKING:
     from mlsys_engine.optim.base import NativeOptimizer
@@ -245,7 +245,7 @@ def _lay_out_master(parameter: Tensor, form: Form, state: dict[str, Any]) -> Non
     if (saved := state.get("master")) is not None:
         # A parameter that is not its copy's rounding was written by somebody else, who is right.
         saved = _laid_out_like(parameter, saved)
-        rounded = away(saved) if parameter.dtype is torch.bfloat16 else saved.to(parameter.dtype)
+        rounded = to_bfloat16_away(saved) if parameter.dtype is torch.bfloat16 else saved.to(parameter.dtype)
         whole = torch.where(rounded == parameter, saved, whole)
     elif (remainder := state.get("remainder")) is not None:
         whole = _laid_out_like(parameter, joined(parameter, remainder.to(parameter.device)))

@@ -75,7 +75,7 @@ def remainder_of(master: Tensor) -> Tensor:
     return torch.where(master.isnan(), 0, master.view(torch.int32)).to(torch.int16)
 
 
-def away(master: Tensor) -> Tensor:
+def to_bfloat16_away(master: Tensor) -> Tensor:
     """Float32 to bf16, ties away from zero: the rounding whose remainder says which way it went."""
     bits = (master.view(torch.int32) + 0x8000) >> 16
     return torch.where(master.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)

@@ -13,7 +13,7 @@ from mlsys_engine.errors import ConfigError
 from mlsys_engine.models import GPT, GPTConfig
 from mlsys_engine.optim import OPTIMIZERS, NativeOptimizer, averaged_weights
 from mlsys_engine.optim.formats import Stored
-from mlsys_engine.optim.storage import away, decoded, encoded, joined, remainder_of
+from mlsys_engine.optim.storage import decoded, encoded, joined, remainder_of, to_bfloat16_away
 from tests.optim.variants import VARIANTS, WITH_FORMS, gradients_for, make
 
 SHAPE = (37, 129)  # no multiple of a vector, a code block or a block of the cache
@@ -52,7 +52,7 @@ def floats_of_every_kind() -> Tensor:
 
 def test_a_float_is_the_sum_of_its_two_halves_for_every_kind_of_float() -> None:
     values = floats_of_every_kind()
-    back = joined(away(values), remainder_of(values))
+    back = joined(to_bfloat16_away(values), remainder_of(values))
     same = back.view(torch.int32) == values.view(torch.int32)
     assert (same | (values.isnan() & back.isnan())).all()
 
@@ -71,7 +71,7 @@ def test_a_split_master_an_fp32_master_and_an_fp32_parameter_have_one_trajectory
         assert torch.equal(split, copied)
         assert torch.equal(halves.state_dict()["state"][0]["master"], whole)
         assert torch.equal(copied_by.state_dict()["state"][0]["master"], whole)
-        assert torch.equal(split, away(whole.detach()))
+        assert torch.equal(split, to_bfloat16_away(whole.detach()))
 
 
 @pytest.mark.slow  # ten seconds
