@@ -30,7 +30,7 @@ class DeviceStep(Protocol):
 
     @property
     def watched(self) -> list[Tensor] | None:
-        """What must stay where it is for `rebind`; None where more must be known."""
+        """What beside parameters must stay where it is for `rebind`; None where more must be known."""
 
     def rebind(self, addresses: Tensor) -> bool:
         """Binds gradients of the layout and types of the last ones; int64 on the CPU, as is their order."""

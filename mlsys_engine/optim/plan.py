@@ -128,7 +128,6 @@ class StepPlan:
             gradients=[None if is_missing else next(present) for is_missing in self._missing],
             watched=watched,
             state=self._state,
-            keys=self._keys,
         )
 
 

@@ -106,8 +106,8 @@ class LooseSegments:
 
     @property
     def watched(self) -> list[Tensor] | None:
-        """What must stay where it is for `rebind`; None for parameters that are stepped through copies."""
-        return None if self._staged else self._tensors
+        """What beside parameters must stay for `rebind`; None where these are stepped through copies."""
+        return None if self._staged else [tensor for row in self.rows for tensor in row.tensors[1:]]
 
     def rebind(self, addresses: Tensor) -> bool:
         """Writes the addresses of gradients that are laid out like the last ones that were bound."""
@@ -171,8 +171,8 @@ class ArenaSegments:
         placed = [(arena_of(row.parameter), row) for row in rows]
         self._expected = [arena.grads.view(arena.slot(row.parameter)).data_ptr() for arena, row in placed]
         self._expected_table = torch.tensor(self._expected, dtype=torch.int64)
-        # The moments' memory is the arenas' own and cannot go away; looking at it took most of the time.
-        self.watched: list[Tensor] | None = [row.parameter for row in rows]
+        # The moments' memory is the arenas' own and cannot go away.
+        self.watched: list[Tensor] | None = []
         self._addresses = [row.parameter.data_ptr() for row in rows]
         arenas = {id(arena): number for number, (arena, _) in enumerate(placed)}
         placed.sort(key=lambda pair: (arenas[id(pair[0])], pair[0].order[pair[1].parameter]))

@@ -48,11 +48,9 @@ PYBIND11_MODULE(_tensors, m) {
       .def("release", &Watch::release);
   m.def(
       "watch",
-      [](py::list params, py::list gradients, py::list watched, py::dict state, py::list keys) {
-        return Watch::make(
-            {std::move(params), std::move(gradients), std::move(watched), std::move(state), std::move(keys)});
+      [](py::list params, py::list gradients, py::list watched, py::dict state) {
+        return Watch::make({std::move(params), std::move(gradients), std::move(watched), std::move(state)});
       },
-      py::kw_only(), py::arg("params"), py::arg("gradients"), py::arg("watched"), py::arg("state"),
-      py::arg("keys"));
+      py::kw_only(), py::arg("params"), py::arg("gradients"), py::arg("watched"), py::arg("state"));
   m.def("increment_versions", &increment_versions, py::arg("tensors"));
 }

@@ -18,9 +18,8 @@ namespace py = pybind11;
 struct Subjects {
   py::list params;     // every parameter of the optimizer
   py::list gradients;  // what each was stepped with, or None
-  py::list watched;    // tensors that must stay where they are
-  py::dict state;      // the optimizer's: a dictionary for each parameter
-  py::list keys;       // which of a parameter's state must stay the same objects
+  py::list watched;    // other tensors that must stay where they are
+  py::dict state;      // the optimizer's: a dictionary for each parameter, whose entries must stay the same
 };
 
 class Watch {
@@ -54,9 +53,11 @@ class Watch {
   bool look_at_gradients();
 
   Subjects subjects_;  // keeps every object below alive
-  std::vector<PyObject*> params_, watched_, keys_;
-  std::vector<py::object> states_, values_;
-  std::vector<int64_t> places_;
+  std::vector<PyObject*> params_, watched_;
+  std::vector<py::object> states_;
+  std::vector<py::object> entries_;  // key, value of each state in turn
+  std::vector<size_t> num_entries_;
+  std::vector<int64_t> homes_, places_;  // addresses of the parameters, and of what is watched
   std::vector<Kind> kinds_;
   std::vector<int64_t> layouts_;       // sizes, then strides, of each parameter in turn
   std::vector<size_t> first_layouts_;  // where a parameter's begin
