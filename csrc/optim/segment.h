@@ -47,9 +47,6 @@ struct Segment {
   int64_t format;             // a Format
   int64_t key;                // what random numbers of this parameter depend on, beside step and element
   int64_t first_element;      // the segment's first element counted from its parameter's first one
-  int64_t tensor;             // which tensor's sums this segment belongs to, for rules that need them
-  int64_t row_length;         // elements of a row, for rules that know matrices
-  int64_t unused;
 
   template <class T>
   MLSYS_HD T* pointer(int64_t address) const {
@@ -65,7 +62,7 @@ struct Segment {
   }
 };
 
-constexpr int64_t kSegmentColumns = 20;
+constexpr int64_t kSegmentColumns = 17;
 static_assert(sizeof(Segment) == kSegmentColumns * sizeof(int64_t));
 
 // Threads and thread blocks share a segment in chunks of this many elements.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlsys_engine.native import build_info, load_kernels
 
-SEGMENT_COLUMNS = 20  # csrc/optim/segment.h
+SEGMENT_COLUMNS = 17  # csrc/optim/segment.h
 CHUNK_ELEMENTS = 4096
 HYPER_COLUMNS = 12
 EMA_DECAY_COLUMN = 11

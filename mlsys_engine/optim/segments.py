@@ -27,7 +27,7 @@ PARAM_COLUMN, GRAD_COLUMN, MASTER_COLUMN, FIRST_STATE_COLUMN, FIRST_SCALE_COLUMN
     9,
 )
 NUMEL_COLUMN, CHUNK_COLUMN, HYPER_COLUMN, STEP_COLUMN = 10, 11, 12, 13
-FORMAT_COLUMN, KEY_COLUMN, FIRST_ELEMENT_COLUMN, TENSOR_COLUMN, ROW_LENGTH_COLUMN = 14, 15, 16, 17, 18
+FORMAT_COLUMN, KEY_COLUMN, FIRST_ELEMENT_COLUMN = 14, 15, 16
 MAX_STATES = 3
 FLOAT_BYTES = 4
 
@@ -89,7 +89,6 @@ class LooseSegments:
         self.table[:, FORMAT_COLUMN] = self._codes
         self.table[:, KEY_COLUMN] = torch.tensor([row.key for row in rows], dtype=torch.int64)
         self.table[:, FIRST_ELEMENT_COLUMN] = torch.tensor([row.first_element for row in rows])
-        self.table[:, TENSOR_COLUMN] = torch.arange(len(rows))
         fill_lengths(
             self.table,
             list(map(Tensor.numel, self._flat)),
