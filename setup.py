@@ -4,7 +4,7 @@ _kernels     torch.ops.mlsys.* through torch's stable ABI (one binary serves sev
 _comm        the c10d process group, through torch's own headers and its bundled pybind11, with CUDA kernels
              when those of _kernels are built
 _tensors     what the optimizers ask of thousands of tensor objects, through torch's Python headers
-_activation  the recompute frame, plain pybind11, no torch headers
+_activation  the recompute frame and the budget solver, plain pybind11, no torch headers
 
 Environment: MAX_JOBS, TORCH_CUDA_ARCH_LIST, MLSYS_BUILD_CUDA=0|1 (default: when torch has CUDA and nvcc is
 there), MLSYS_BUILD_ONLY=_kernels|_comm|_tensors|_activation.
@@ -119,7 +119,7 @@ def kernels() -> Extension:
     files = sources(
         "csrc/core/*.cpp",
         "csrc/optim/**/*.cpp",
-        "csrc/activation/**/*.cpp",
+        "csrc/activation/*/**/*.cpp",  # its kernels; the files above them are _activation's
         "csrc/bindings/kernels/*.cpp",
     )
     flags = {"cxx": [*CXX_FLAGS, *STABLE_ABI]}
@@ -172,7 +172,7 @@ def extensions() -> list[Extension]:
         kernels(),
         comm(),
         plain("_tensors", "csrc/bindings/tensors/*.cpp"),
-        plain("_activation", "csrc/bindings/activation/*.cpp"),
+        plain("_activation", "csrc/core/*.cpp", "csrc/activation/*.cpp", "csrc/bindings/activation/*.cpp"),
     ]
     only = os.environ.get("MLSYS_BUILD_ONLY", "")
     return [extension for extension in every if extension.sources and extension.name.endswith(only)]

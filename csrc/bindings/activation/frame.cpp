@@ -22,6 +22,8 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/activation/bind.h"
+
 namespace py = pybind11;
 
 namespace mlsys::activation {
@@ -163,13 +165,8 @@ class Frame : public std::enable_shared_from_this<Frame> {
 };
 
 }  // namespace
-}  // namespace mlsys::activation
 
-PYBIND11_MODULE(_activation, module) {
-  using mlsys::activation::Frame;
-  using mlsys::activation::Hooks;
-  using mlsys::activation::Slot;
-
+void bind_frame(py::module_& module) {
   py::class_<Hooks, std::shared_ptr<Hooks>>(module, "Hooks")
       .def(py::init([](py::object current_graph_task, py::object stop_recompute, py::object mismatch_error) {
              return std::make_shared<Hooks>(
@@ -188,3 +185,5 @@ PYBIND11_MODULE(_activation, module) {
     return frame->unpack(slot);
   });
 }
+
+}  // namespace mlsys::activation

@@ -1,0 +1,7 @@
+// The module _activation: plain pybind11, no torch headers.
+#include "bindings/activation/bind.h"
+
+PYBIND11_MODULE(_activation, module) {
+  mlsys::activation::bind_frame(module);
+  mlsys::activation::bind_chain_solver(module);
+}
