@@ -4,7 +4,7 @@ _kernels     torch.ops.mlsys.* through torch's stable ABI (one binary serves sev
 _comm        the c10d process group, through torch's own headers and its bundled pybind11, with CUDA kernels
              when those of _kernels are built
 _tensors     what the optimizers ask of thousands of tensor objects, through torch's Python headers
-_activation  the recompute frame and the budget solver, plain pybind11, no torch headers
+_activation  the recompute frame, through torch's own headers, and the budget solver
 
 Environment: MAX_JOBS, TORCH_CUDA_ARCH_LIST, MLSYS_BUILD_CUDA=0|1 (default: when torch has CUDA and nvcc is
 there), MLSYS_BUILD_ONLY=_kernels|_comm|_tensors|_activation.

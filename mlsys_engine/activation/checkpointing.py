@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mlsys_engine.activation.blocks import RECOMPUTE, RECOMPUTE_SEGMENTS, resolve
-from mlsys_engine.activation.recompute import Region, changed_buffers, run_recomputed
+from mlsys_engine.activation.recompute import BufferCopies, Region, changed_buffers, run_recomputed
 from mlsys_engine.errors import ConfigError
 
 
@@ -63,36 +63,39 @@ class RecomputedForward:
 
     def __init__(self, block: nn.Module, name: str) -> None:
         self._block, self._name = block, name
-        self._own_forward: Callable[..., Any] | None = block.__dict__.get(
-            "forward"
-        )  # set on the instance, if any
-        self._written: dict[
-            str, tuple[str, ...]
-        ] = {}  # part of the block -> buffers that it was seen to write
+        # Set on the instance, if any.
+        self._own_forward: Callable[..., Any] | None = block.__dict__.get("forward")
+        # Part of the block -> the buffers that it was seen to write.
+        self._written: dict[str, tuple[str, ...]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
-        args, kwargs = _without_generation_caches(args, kwargs)
-        buffers = tuple(name for name, _ in self._block.named_buffers())
-        return self._recomputed(self._name, self._plain, args, kwargs, buffers)
+        return self._recomputed(Region(self._name, self._plain), args, kwargs, self._block_buffers())
+
+    def _block_buffers(self) -> tuple[str, ...]:
+        """The buffers that a call may write: all of a training block's, until one call has been watched."""
+        if not self._block.training:
+            return ()
+        written = self._written.get(self._name)
+        if written is None:
+            written = tuple(name for name, _ in self._block.named_buffers())
+            if not written:
+                self._written[self._name] = ()
+        return written
 
     def _recomputed(
-        self,
-        part: str,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        buffers: tuple[str, ...],
+        self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: tuple[str, ...]
     ) -> Any:
-        """Runs `fn` recomputed. The first training call finds out which of `buffers` it writes."""
-        if not buffers or not self._block.training:
-            return run_recomputed(Region(part, self._block, fn, ()), args, kwargs)
-        if part in self._written:
-            return run_recomputed(Region(part, self._block, fn, self._written[part]), args, kwargs)
+        """Runs the region recomputed. The first training call finds out which of `buffers` it writes."""
+        if not buffers:
+            return run_recomputed(region, args, kwargs)
+        written = self._written.get(region.name)
+        if written is not None:
+            return run_recomputed(region, args, kwargs, BufferCopies(self._block, written))
         before = {name: self._block.get_buffer(name).detach().clone() for name in buffers}
-        result = run_recomputed(Region(part, self._block, fn, buffers), args, kwargs)
-        self._written[part] = changed_buffers(self._block, before)
+        result = run_recomputed(region, args, kwargs, BufferCopies(self._block, buffers))
+        self._written[region.name] = changed_buffers(self._block, before)
         return result
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,9 +130,8 @@ class SegmentedForward(RecomputedForward):
                 if layer.training
             )
             part = f"{self._name}[{start}:{start + size}]"
-            input = self._recomputed(
-                part, partial(_run_layers, [layer for _, layer in segment]), (input,), {}, names
-            )
+            run = partial(_run_layers, [layer for _, layer in segment])
+            input = self._recomputed(Region(part, run), (input,), {}, names)
         return _run_layers([layer for _, layer in layers[last:]], input)
 
 
@@ -140,23 +142,3 @@ def _run_layers(layers: list[nn.Module], value: Any) -> Any:
 
 
 _FORWARDS = {RECOMPUTE: RecomputedForward, RECOMPUTE_SEGMENTS: SegmentedForward}
-
-
-def _without_generation_caches(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replaces empty Hugging Face generation caches by None: a second run would append to them again."""
-
-    def drop(value: Any) -> Any:
-        length = getattr(value, "get_seq_length", None)
-        if length is None or isinstance(value, nn.Module | torch.Tensor):
-            return value
-        if length():
-            raise ConfigError(
-                f"A checkpointed block got a filled {type(value).__name__} while gradients are on.",
-                "A recomputed block cannot extend a cache of keys and values.",
-                "Train with use_cache=False, or generate under torch.no_grad().",
-            )
-        return None
-
-    return tuple(drop(value) for value in args), {name: drop(value) for name, value in kwargs.items()}

@@ -1,25 +1,24 @@
 """Runs one module call so that its backward recomputes it: the Python side of the native recompute frame.
 
 The second run must be the first again, bit for bit. So a call remembers what it depends on besides its
-inputs: the random state of the devices involved, the autocast setting, and the buffers that the block was
-seen to write (BatchNorm's running statistics, a spectral norm's vectors): the second run works on copies of
-their old values, so that it is not counted as a second training step.
+inputs: the random state of the devices involved and the autocast setting (in native code), and the buffers
+that the block was seen to write (BatchNorm's running statistics, a spectral norm's vectors): the second run
+works on copies of their old values, so that it is not counted as a second training step.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from mlsys_engine.errors import MlsysError
+from mlsys_engine.errors import ConfigError, MlsysError
 from mlsys_engine.memory import current_observer
 from mlsys_engine.native import load_activation
 
@@ -39,83 +38,53 @@ class _StopRecompute(Exception):
     """Ends a recomputation once the last tensor that the backward needs is there."""
 
 
-class _SaveInputs(torch.autograd.Function):
-    """Keeps a block's tensor inputs as autograd keeps any saved tensor.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a block stands in a chain of blocks that are recomputed together; by default in none."""
 
-    So an enclosing frame, a meter or a packing hook sees them, and a nested block's inputs are not held alive
-    while the enclosing block waits for its recomputation. Returns an empty tensor: its node is the handle.
+    chain: Any = None  # the native FrameChain
+    position: int = 0
+
+
+class BufferCopies:
+    """The values that a part of a module's buffers have before its first run, for the second one.
+
+    The second run writes to copies: the module's own buffers, and their version counters, stay untouched.
     """
 
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*inputs)
-        return anchor.new_empty(0)
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._module = module
+        self._values = {name: module.get_buffer(name).clone() for name in names}
+        self._originals: dict[str, torch.Tensor] = {}
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise AssertionError("the handle takes no part in the backward")
+    def enter(self) -> None:
+        for name, value in self._values.items():
+            owner, _, leaf = name.rpartition(".")
+            self._originals[name] = self._module.get_buffer(name)
+            self._module.get_submodule(owner)._buffers[leaf] = value.clone()
+
+    def exit(self) -> None:
+        for name, original in self._originals.items():
+            owner, _, leaf = name.rpartition(".")
+            self._module.get_submodule(owner)._buffers[leaf] = original
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Region:
-    """What is recomputed: `fn`, a part of `module` called `name`, which writes these of its buffers."""
+    """What is recomputed: `fn`, a part of the model that users know as `name`."""
 
     name: str
-    module: nn.Module
     fn: Callable[..., Any]
-    written_buffers: tuple[str, ...]
+    place: Place = dataclasses.field(default_factory=Place)
 
 
-class Recomputation:
-    """How to run a region a second time, with everything that the first run depended on."""
-
-    def __init__(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._region = region
-        leaves, self._tree = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        self._others = [
-            None if is_tensor else leaf for leaf, is_tensor in zip(leaves, self._is_tensor, strict=True)
-        ]
-        # requires_grad of the anchor makes autograd keep the node even when no input needs a gradient.
-        anchor = torch.empty(0, requires_grad=True)
-        self._inputs = _SaveInputs.apply(anchor, *tensors).grad_fn
-        self._needs_grad = [tensor.requires_grad for tensor in tensors]
-        self._devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-        self._device_type = "cuda" if self._devices else "cpu"
-        self._cpu_rng = torch.get_rng_state()
-        self._cuda_rng = [torch.cuda.get_rng_state(device) for device in self._devices]
-        self._autocast = [_AutocastState(kind) for kind in {"cpu", self._device_type}]
-        self._buffers = {name: region.module.get_buffer(name).clone() for name in region.written_buffers}
-
-    def __call__(self, frame: Any) -> None:
-        tensors = [
-            saved.detach().requires_grad_(needs_grad)
-            for saved, needs_grad in zip(self._inputs.saved_tensors, self._needs_grad, strict=True)
-        ]
-        supply = iter(tensors)
-        leaves = [
-            next(supply) if is_tensor else other
-            for is_tensor, other in zip(self._is_tensor, self._others, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, self._tree)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_random_state(self._cpu_rng, self._devices, self._cuda_rng))
-            stack.enter_context(_buffers_replaced(self._region.module, self._buffers))
-            for state in self._autocast:
-                stack.enter_context(state.restored())
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(contextlib.suppress(_StopRecompute))
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(frame.store, _refuse_inner_unpack))
-            self._region.fn(*args, **kwargs)
-
-
-def run_recomputed(region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_recomputed(
+    region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: BufferCopies | None = None
+) -> Any:
     """Runs the region and keeps its inputs alone for the backward, which runs it again."""
-    native = load_activation()
-    frame = native.Frame(region.name, Recomputation(region, args, kwargs), current_observer(), _hooks(native))
-    with torch.autograd.graph.saved_tensors_hooks(frame.pack, native.unpack):
-        return region.fn(*args, **kwargs)
+    run, place = load_activation().run, region.place
+    observe = current_observer()
+    return run(_hooks(), region.name, region.fn, place.chain, place.position, args, kwargs, buffers, observe)
 
 
 def changed_buffers(module: nn.Module, before: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
@@ -132,57 +101,37 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _hooks(native: ModuleType) -> Any:
-    return native.Hooks(
-        current_graph_task=torch._C._current_graph_task_id,
-        stop_recompute=_StopRecompute,
-        mismatch_error=RecomputeMismatchError,
+def _hooks() -> Any:
+    return load_activation().Hooks(
+        open=_open, stop_recompute=_StopRecompute, mismatch_error=RecomputeMismatchError
     )
 
 
-def _refuse_inner_unpack(_: object) -> torch.Tensor:
-    raise RecomputeMismatchError("a backward ran inside a block's own recomputation")
+def _open(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """The parts of an argument that may hold tensors, and how to put it together; None for a plain value.
+
+    An empty Hugging Face generation cache becomes None: a second run would append to it again.
+    """
+    kind = type(value)
+    if hasattr(kind, "get_seq_length") and not isinstance(value, nn.Module):
+        if value.get_seq_length():
+            raise ConfigError(
+                f"A checkpointed block got a filled {kind.__name__} while gradients are on.",
+                "A recomputed block cannot extend a cache of keys and values.",
+                "Train with use_cache=False, or generate under torch.no_grad().",
+            )
+        return [], lambda _: None
+    if kind in pytree.SUPPORTED_NODES or pytree.is_namedtuple_class(kind):
+        leaves, spec = pytree.tree_flatten(value)
+        return leaves, lambda parts: pytree.tree_unflatten(parts, spec)
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return [getattr(value, name) for name in names], functools.partial(_with_fields, value, names)
+    return None
 
 
-class _AutocastState:
-    """The autocast setting of one device type, as it is now."""
-
-    def __init__(self, device_type: str) -> None:
-        self._device_type = device_type
-        self._enabled = torch.is_autocast_enabled(device_type)
-        self._dtype = torch.get_autocast_dtype(device_type)
-        self._cache = torch.is_autocast_cache_enabled()
-
-    def restored(self) -> torch.autocast:
-        return torch.autocast(self._device_type, self._dtype, self._enabled, self._cache)
-
-
-@contextlib.contextmanager
-def _random_state(cpu: torch.Tensor, devices: list[int], cuda: list[torch.Tensor]) -> Iterator[None]:
-    """Runs the body with these random states and puts the present ones back afterwards."""
-    present_cpu = torch.get_rng_state()
-    present_cuda = [torch.cuda.get_rng_state(device) for device in devices]
-    torch.set_rng_state(cpu)
-    for device, state in zip(devices, cuda, strict=True):
-        torch.cuda.set_rng_state(state, device)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(present_cpu)
-        for device, state in zip(devices, present_cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-
-@contextlib.contextmanager
-def _buffers_replaced(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Lets the body write to copies: the module's own buffers, and their version counters, stay untouched."""
-    originals = {}
-    for name, value in values.items():
-        owner, _, leaf = name.rpartition(".")
-        originals[name] = (module.get_submodule(owner), leaf, module.get_buffer(name))
-        module.get_submodule(owner)._buffers[leaf] = value.clone()
-    try:
-        yield
-    finally:
-        for owner_module, leaf, buffer in originals.values():
-            owner_module._buffers[leaf] = buffer
+def _with_fields(original: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
+    made = copy.copy(original)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(made, name, value)  # frozen dataclasses too
+    return made

@@ -1,189 +1,261 @@
-// The recompute frame of one checkpointed call: what autograd's saved-tensor hooks talk to.
-//
-// During the forward, pack() replaces every tensor that autograd wants to save by a Slot and lets the tensor
-// go. The first slot that the backward asks for runs the block again; the tensors saved by that second run
-// are stored in the slots by order, and the run is stopped as soon as the last one is there. Tensors are
-// opaque Python objects here, so this file needs no torch headers.
-//
-// Ownership: autograd nodes own slots, slots own the frame, the frame owns the `recompute` callable and,
-// through it, the block's inputs. The frame sees its slots weakly: a slot that autograd has dropped receives
-// no tensor. A recomputed tensor leaves its slot when it is read, so it dies with the node's backward. Every
-// backward pass (graph task) has its own recomputation, which makes retain_graph and double backward work.
-//
-// Threading: every entry point runs under the GIL. Test: tests/activation/test_recompute.py.
-// Source of the method: the non-reentrant scheme of torch.utils.checkpoint; Griewank & Walther 2000 for the
-// idea.
-#include <pybind11/pybind11.h>
+#include "bindings/activation/frame.h"
 
-#include <cstdint>
-#include <map>
-#include <memory>
-#include <string>
-#include <utility>
-#include <vector>
+#include <ATen/core/grad_mode.h>
 
-#include "bindings/activation/bind.h"
+#include <algorithm>
+#include <sstream>
+
+#include "bindings/activation/frame_chain.h"
+#include "bindings/activation/hooks.h"
 
 namespace py = pybind11;
 
 namespace mlsys::activation {
+
 namespace {
 
-class Frame;
-
-struct Stored {
-  py::object tensor;
-  py::object token;  // keeps a memory meter's count alive exactly as long as the tensor
-};
-
-struct Slot {
-  Slot(std::shared_ptr<Frame> owner, size_t position) : frame(std::move(owner)), index(position) {}
-  std::shared_ptr<Frame> frame;
-  size_t index;
-  std::map<int64_t, Stored> stored;  // graph task -> recomputed tensor
-};
-
-// Attributes of a saved tensor that the recomputation must reproduce.
-struct Signature {
-  py::object shape, dtype, device;
-
-  static Signature of(const py::handle& tensor) {
-    return {tensor.attr("shape"), tensor.attr("dtype"), tensor.attr("device")};
-  }
-  bool equals(const Signature& other) const {
-    return dtype.is(other.dtype) && shape.equal(other.shape) && device.equal(other.device);
-  }
-  std::string text() const {
-    return py::str(dtype).cast<std::string>() + py::str(py::tuple(shape)).cast<std::string>() + " on " +
-           py::str(device).cast<std::string>();
-  }
-};
-
-// The Python side of the engine, handed over once by mlsys_engine.activation.
-struct Hooks {
-  py::object current_graph_task;  // () -> int, -1 outside a backward
-  py::object stop_recompute;      // exception type that ends a recomputation early
-  py::object mismatch_error;      // (message) -> exception: the second run differs from the first
-};
-
-class Frame : public std::enable_shared_from_this<Frame> {
+// Keeps copies of buffers in the place of the buffers while it lives.
+class BuffersReplaced {
  public:
-  Frame(std::string name, py::object recompute, py::object observe, std::shared_ptr<Hooks> hooks)
-      : name_(std::move(name)),
-        recompute_(std::move(recompute)),
-        observe_(std::move(observe)),
-        hooks_(std::move(hooks)) {}
-
-  // Forward: forget the tensor, remember its place and what it looked like.
-  std::shared_ptr<Slot> pack(const py::object& tensor) {
-    auto slot = std::make_shared<Slot>(shared_from_this(), slots_.size());
-    slots_.push_back(slot);
-    signatures_.push_back(Signature::of(tensor));
-    return slot;
+  explicit BuffersReplaced(const py::object& buffers) : buffers_(buffers) {
+    if (!buffers_.is_none()) buffers_.attr("enter")();
   }
-
-  // Backward: the tensor of `slot` for the running graph task, recomputing the block if nobody has yet.
-  py::object unpack(Slot& slot) {
-    const int64_t task = hooks_->current_graph_task().cast<int64_t>();
-    auto found = slot.stored.find(task);
-    if (found == slot.stored.end()) {
-      const size_t saved_again = run_again(task);
-      found = slot.stored.find(task);
-      if (found == slot.stored.end()) {
-        raise("saved " + std::to_string(slots_.size()) +
-              " tensors for the backward in the forward, but only " + std::to_string(saved_again) +
-              " when it was run again");
-      }
-    }
-    py::object tensor = std::move(found->second.tensor);
-    slot.stored.erase(found);
-    return tensor;
+  ~BuffersReplaced() {
+    if (buffers_.is_none()) return;
+    PyObject *type, *value, *traceback;  // an error on its way out must survive the call
+    PyErr_Fetch(&type, &value, &traceback);
+    const py::object done =
+        py::reinterpret_steal<py::object>(PyObject_CallMethod(buffers_.ptr(), "exit", nullptr));
+    if (!done) PyErr_WriteUnraisable(buffers_.ptr());
+    PyErr_Restore(type, value, traceback);
   }
-
-  // Recomputation: keep the tensor in the slot of the same order, and stop after the last one.
-  py::int_ store(const py::object& tensor) {
-    const size_t index = position_++;
-    const Signature now = Signature::of(tensor);
-    if (index >= slots_.size()) {
-      raise("saves more tensors for the backward when it is run again than the " +
-            std::to_string(slots_.size()) + " of the forward");
-    }
-    if (!now.equals(signatures_[index])) {
-      raise("saved tensor " + std::to_string(index) + " as " + signatures_[index].text() +
-            " in the forward, but as " + now.text() + " when it was run again");
-    }
-    if (auto slot = slots_[index].lock()) {
-      py::object detached = tensor.attr("detach")();
-      py::object token =
-          observe_.is_none()
-              ? py::none()
-              : observe_(tensor);  // the original: a detached parameter looks like an activation
-      slot->stored.insert_or_assign(task_, Stored{std::move(detached), std::move(token)});
-    }
-    if (position_ == slots_.size()) {
-      PyErr_SetNone(hooks_->stop_recompute.ptr());
-      throw py::error_already_set();
-    }
-    return py::int_(index);
-  }
-
-  size_t num_saved() const { return slots_.size(); }
 
  private:
-  // Returns how many tensors the second run saved. Double backward may enter a frame that is being recomputed
-  // for another graph task, so the outer run's place is put back afterwards.
-  size_t run_again(int64_t task) {
-    const int64_t outer_task = std::exchange(task_, task);
-    const size_t outer_position = std::exchange(position_, 0);
-    const auto put_back = [&] {
-      task_ = outer_task;
-      return std::exchange(position_, outer_position);
-    };
-    try {
-      recompute_(py::cast(shared_from_this()));
-    } catch (...) {
-      put_back();
-      throw;
-    }
-    return put_back();
-  }
-
-  [[noreturn]] void raise(const std::string& what) const {
-    const py::object error = hooks_->mismatch_error("block '" + name_ + "' " + what);
-    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-    throw py::error_already_set();
-  }
-
-  std::string name_;
-  py::object recompute_;
-  py::object observe_;
-  std::shared_ptr<Hooks> hooks_;
-  std::vector<std::weak_ptr<Slot>> slots_;
-  std::vector<Signature> signatures_;
-  int64_t task_ = -1;    // graph task of the recomputation under way
-  size_t position_ = 0;  // how many tensors it has saved
+  const py::object& buffers_;
 };
+
+py::object called(const py::object& fn, const py::tuple& positional, const py::dict& keywords) {
+  PyObject* result = PyObject_Call(fn.ptr(), positional.ptr(), keywords.ptr());
+  return py::reinterpret_steal<py::object>(result);  // null when it raised
+}
 
 }  // namespace
 
-void bind_frame(py::module_& module) {
-  py::class_<Hooks, std::shared_ptr<Hooks>>(module, "Hooks")
-      .def(py::init([](py::object current_graph_task, py::object stop_recompute, py::object mismatch_error) {
-             return std::make_shared<Hooks>(
-                 Hooks{std::move(current_graph_task), std::move(stop_recompute), std::move(mismatch_error)});
-           }),
-           py::arg("current_graph_task"), py::arg("stop_recompute"), py::arg("mismatch_error"));
-  py::class_<Slot, std::shared_ptr<Slot>>(module, "Slot");
-  py::class_<Frame, std::shared_ptr<Frame>>(module, "Frame")
-      .def(py::init<std::string, py::object, py::object, std::shared_ptr<Hooks>>(), py::arg("name"),
-           py::arg("recompute"), py::arg("observe"), py::arg("hooks"))
-      .def("pack", &Frame::pack)
-      .def("store", &Frame::store)
-      .def_property_readonly("num_saved", &Frame::num_saved);
-  module.def("unpack", [](Slot& slot) {
-    const std::shared_ptr<Frame> frame = slot.frame;  // stays alive while it recomputes
-    return frame->unpack(slot);
-  });
+Signature Signature::of(const at::Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {{sizes.begin(), sizes.end()}, tensor.scalar_type(), tensor.device()};
+}
+
+std::string Signature::text() const {
+  py::tuple shape(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) shape[i] = sizes[i];
+  std::ostringstream text;
+  text << name_of(dtype) << py::str(shape).cast<std::string>() << " on " << device;
+  return text.str();
+}
+
+Frame::Frame(Region region, Arguments arguments, py::object buffers, py::object observe)
+    : region_(std::move(region)),
+      arguments_(std::move(arguments)),
+      context_(arguments_.tensors()),
+      buffers_(std::move(buffers)),
+      observe_(std::move(observe)) {}
+
+void Frame::join(std::shared_ptr<const FrameChain> chain, size_t position) {
+  chain_ = std::move(chain);
+  position_ = position;
+}
+
+void Frame::keep_inputs(const std::shared_ptr<Frame>& before, const std::vector<int64_t>& linked) {
+  before_ = before;
+  linked_ = linked;
+  const std::vector<at::Tensor>& tensors = arguments_.tensors();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    needs_grad_.push_back(tensors[i].requires_grad());
+    if (before_ && linked_[i] >= 0) {
+      inputs_.add_nothing();
+    } else {
+      inputs_.add(tensors[i]);
+    }
+  }
+  arguments_.release_tensors();
+}
+
+py::object Frame::run_first(const py::tuple& positional, const py::dict& keywords) {
+  py::object result;
+  {
+    const SavedTensorHooks hooks(shared_from_this(), HookKind::kPack);
+    result = called(region_.fn, positional, keywords);
+  }
+  if (!result) throw py::error_already_set();
+  context_.forget_unused();
+  return result;
+}
+
+PyObject* Frame::pack(const at::Tensor& tensor) {
+  PyObject* slot = make_slot(shared_from_this(), slots_.size());
+  slots_.push_back(reinterpret_cast<SlotObject*>(slot));
+  signatures_.push_back(Signature::of(tensor));
+  return slot;
+}
+
+void Frame::store(const at::Tensor& tensor) {
+  const size_t index = next_slot_++;
+  if (index >= slots_.size()) {
+    raise("saves more tensors for the backward when it is run again than the " +
+          std::to_string(slots_.size()) + " of the forward");
+  }
+  const Signature now = Signature::of(tensor);
+  if (now != signatures_[index]) {
+    raise("saved tensor " + std::to_string(index) + " as " + signatures_[index].text() +
+          " in the forward, but as " + now.text() + " when it was run again");
+  }
+  if (SlotObject* slot = slots_[index]) slot->stored.emplace_back(task_, held(tensor));
+  if (stops_early_ && next_slot_ == slots_.size()) {
+    PyErr_SetNone(region_.hooks->stop_recompute.ptr());
+    throw py::error_already_set();
+  }
+}
+
+Stored Frame::held(const at::Tensor& tensor) const {
+  // The meter is shown the original: a detached parameter looks like an activation.
+  py::object token = py::none();
+  if (!observe_.is_none()) token = observe_(py::reinterpret_steal<py::object>(object_of(tensor)));
+  return {tensor.detach(), std::move(token)};
+}
+
+at::Tensor Frame::unpack(SlotObject& slot) {
+  const int64_t task = current_graph_task();
+  const auto of_task = [task](const std::pair<int64_t, Stored>& stored) { return stored.first == task; };
+  auto found = std::find_if(slot.stored.begin(), slot.stored.end(), of_task);
+  if (found == slot.stored.end()) {
+    recompute(task);
+    found = std::find_if(slot.stored.begin(), slot.stored.end(), of_task);
+    if (found == slot.stored.end()) {
+      raise("saved " + std::to_string(slots_.size()) +
+            " tensors for the backward in the forward, but fewer than " + std::to_string(slot.index + 1) +
+            " when it was run again");
+    }
+  }
+  at::Tensor tensor = std::move(found->second.tensor);
+  slot.stored.erase(found);
+  return tensor;
+}
+
+void Frame::recompute(int64_t task) {
+  std::vector<std::pair<std::shared_ptr<Frame>, Keep>> runs;  // backwards, from this frame
+  runs.emplace_back(shared_from_this(), Keep::kSaved);
+  if (chain_) {
+    const std::vector<FrameChainStep>& steps = chain_->before(position_);
+    for (auto step = steps.rbegin() + 1; step != steps.rend() && runs.back().first->before_; ++step) {
+      runs.emplace_back(runs.back().first->before_, step->keep);
+    }
+    // The schedule expects inputs that a second backward through the same graph does not find any more.
+    while (!runs.back().first->has_inputs()) {
+      runs.emplace_back(runs.back().first->before_, Keep::kNothing);
+    }
+  }
+  for (auto run = runs.rbegin(); run != runs.rend(); ++run) {
+    const bool is_last = run + 1 == runs.rend();
+    run->first->run_again(run->second, task, is_last ? nullptr : (run + 1)->first.get());
+  }
+}
+
+void Frame::run_again(Keep keep, int64_t task, Frame* follower) {
+  const std::vector<at::Tensor> values = inputs();
+  if (keep != Keep::kInputs) carried_.clear();
+  // A double backward may enter a frame that is being recomputed for another graph task: the outer run's
+  // place is put back afterwards.
+  const int64_t outer_task = std::exchange(task_, task);
+  const size_t outer_slot = std::exchange(next_slot_, 0);
+  const bool outer_stop = std::exchange(stops_early_, follower == nullptr);
+  const auto put_back = [&] {
+    task_ = outer_task;
+    next_slot_ = outer_slot;
+    stops_early_ = outer_stop;
+  };
+  try {
+    call_again(values, keep, follower);
+  } catch (...) {
+    put_back();
+    throw;
+  }
+  put_back();
+}
+
+void Frame::call_again(const std::vector<at::Tensor>& inputs, Keep keep, Frame* follower) {
+  const py::tuple positional = arguments_.positional(inputs);
+  const py::dict keywords = arguments_.keywords(inputs);
+  py::object result;
+  {
+    const RunContext::Restored context(context_);
+    const at::AutoGradMode with_grad(true);
+    const BuffersReplaced buffers(buffers_);
+    const SavedTensorHooks hooks(shared_from_this(),
+                                 keep == Keep::kSaved ? HookKind::kStore : HookKind::kDrop);
+    result = called(region_.fn, positional, keywords);
+  }
+  if (!result) {
+    if (!PyErr_ExceptionMatches(region_.hooks->stop_recompute.ptr())) throw py::error_already_set();
+    PyErr_Clear();
+  } else if (follower != nullptr) {
+    carry(result, *follower);
+  }
+}
+
+std::vector<at::Tensor> Frame::inputs() {
+  std::vector<at::Tensor> values;
+  values.reserve(inputs_.size());
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    const bool is_carried = before_ && linked_[i] >= 0;
+    const at::Tensor value = is_carried ? carried_[i].tensor : inputs_.read(i);
+    values.push_back(value.detach().set_requires_grad(needs_grad_[i]));
+  }
+  return values;
+}
+
+void Frame::carry(const py::object& result, Frame& follower) const {
+  const std::vector<at::Tensor> outputs = tensors_in(result);
+  follower.carried_.clear();
+  follower.carried_.resize(follower.linked_.size());
+  for (size_t i = 0; i < follower.linked_.size(); ++i) {
+    const int64_t output = follower.linked_[i];
+    if (output < 0) continue;
+    if (output >= static_cast<int64_t>(outputs.size())) raise("returned fewer tensors when it was run again");
+    follower.carried_[i] = held(outputs[output]);
+  }
+}
+
+std::vector<at::Tensor> Frame::tensors_in(const py::object& result) const {
+  return Arguments(py::make_tuple(result), py::dict(), region_.hooks->open).tensors();
+}
+
+void Frame::raise(const std::string& what) const {
+  const py::object error = region_.hooks->mismatch_error("block '" + region_.name + "' " + what);
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  throw py::error_already_set();
+}
+
+py::object run(Region region, const std::shared_ptr<FrameChain>& chain, size_t position,
+               const py::tuple& positional, const py::dict& keywords, py::object buffers,
+               py::object observe) {
+  Arguments arguments(positional, keywords, region.hooks->open);
+  const std::vector<at::Tensor> inputs = arguments.tensors();
+  const bool opened = arguments.opened();
+  py::tuple given = opened ? arguments.positional(inputs) : positional;
+  py::dict named = opened ? arguments.keywords(inputs) : keywords;
+  auto frame = std::make_shared<Frame>(std::move(region), std::move(arguments), std::move(buffers),
+                                       std::move(observe));
+  std::shared_ptr<Frame> before;
+  std::vector<int64_t> linked;
+  if (chain) {
+    frame->join(chain, position);
+    if (chain->linked(position)) before = chain->find_before(position, inputs, linked);
+  }
+  frame->keep_inputs(before, linked);
+  py::object result = frame->run_first(given, named);
+  if (chain && chain->linked(position + 1)) chain->remember(frame, frame->tensors_in(result));
+  return result;
 }
 
 }  // namespace mlsys::activation

@@ -1,4 +1,4 @@
-// The module _activation: plain pybind11, no torch headers.
+// The module _activation.
 #include "bindings/activation/bind.h"
 
 PYBIND11_MODULE(_activation, module) {

@@ -1,0 +1,131 @@
+// The recompute frame of one checkpointed call: what autograd's saved-tensor hooks talk to.
+//
+// During the forward, pack() replaces every tensor that autograd wants to save by a slot and lets the tensor
+// go. The first slot that a backward asks for runs the block again; the tensors saved by that second run are
+// stored in the slots by order, and the run is stopped as soon as the last one is there.
+//
+// Inputs. A frame keeps its input tensors as autograd keeps any saved tensor, so that an enclosing frame, a
+// meter or a packing hook sees them. In a chain (frame_chain.h) a frame may instead be linked to the frame
+// whose output its input is: then nothing is kept, and the frames before it are run first.
+//
+// Ownership: autograd nodes own slots, slots own the frame, a linked frame owns the one before it. The frame
+// sees its slots weakly: a slot that autograd has dropped receives no tensor. A recomputed tensor leaves its
+// slot when it is read, so it dies with the node's backward. Every backward pass (graph task) has its own
+// recomputation, which makes retain_graph and double backward work.
+//
+// Threading: every entry point runs under the GIL. Test: tests/activation/test_recompute.py.
+// Source of the method: the non-reentrant scheme of torch.utils.checkpoint; Griewank & Walther 2000 for the
+// idea.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/activation/arguments.h"
+#include "bindings/activation/autograd.h"
+#include "bindings/activation/run_context.h"
+
+namespace mlsys::activation {
+
+class FrameChain;
+struct SlotObject;
+
+// The Python side of the engine, handed over once by mlsys_engine.activation.
+struct Hooks {
+  pybind11::object open;            // arguments.h
+  pybind11::object stop_recompute;  // exception type that ends a recomputation early
+  pybind11::object mismatch_error;  // (message) -> exception: the second run differs from the first
+};
+
+// What is recomputed: `fn`, a part of the model that users know as `name`.
+struct Region {
+  std::string name;
+  pybind11::object fn;
+  std::shared_ptr<Hooks> hooks;
+};
+
+// What a saved tensor looked like; the second run must reproduce it.
+struct Signature {
+  c10::SmallVector<int64_t, 5> sizes;
+  at::ScalarType dtype;
+  at::Device device;
+
+  static Signature of(const at::Tensor& tensor);
+  bool operator==(const Signature&) const = default;
+  std::string text() const;
+};
+
+// A tensor that is there for a while. The token keeps a memory meter's count alive exactly as long.
+struct Stored {
+  at::Tensor tensor;
+  pybind11::object token;
+};
+
+class Frame : public std::enable_shared_from_this<Frame> {
+ public:
+  // What stays of a recomputation: nothing, the inputs that it was handed, or all that the block saves.
+  enum class Keep : uint8_t { kNothing, kInputs, kSaved };
+
+  // `buffers` gives the second run copies of the buffers that the first one writes (enter() and exit()), or
+  // is None; `observe` is a memory meter's, or None.
+  Frame(Region region, Arguments arguments, pybind11::object buffers, pybind11::object observe);
+
+  // First run. Saves the inputs, except those that `linked` says are outputs of the frame before.
+  void keep_inputs(const std::shared_ptr<Frame>& before, const std::vector<int64_t>& linked);
+  void join(std::shared_ptr<const FrameChain> chain, size_t position);
+  pybind11::object run_first(const pybind11::tuple& positional, const pybind11::dict& keywords);
+
+  // Hooks of the first run and of later ones.
+  PyObject* pack(const at::Tensor& tensor);
+  void store(const at::Tensor& tensor);
+  void forget(size_t slot) { slots_[slot] = nullptr; }
+
+  // Backward: the tensor of a slot for the running graph task, recomputing the block if nobody has yet.
+  at::Tensor unpack(SlotObject& slot);
+
+  std::vector<at::Tensor> tensors_in(const pybind11::object& result) const;
+  size_t position() const { return position_; }
+  bool has_inputs() const { return before_ == nullptr || !carried_.empty(); }
+
+ private:
+  // Runs the frames that the chain lists before this one's backward, and this one.
+  void recompute(int64_t task);
+  // Runs the block again. With `follower`, hands it the outputs that it is linked to.
+  void run_again(Keep keep, int64_t task, Frame* follower);
+  void call_again(const std::vector<at::Tensor>& inputs, Keep keep, Frame* follower);
+  std::vector<at::Tensor> inputs();
+  void carry(const pybind11::object& result, Frame& follower) const;
+  Stored held(const at::Tensor& tensor) const;
+  [[noreturn]] void raise(const std::string& what) const;
+
+  Region region_;
+  Arguments arguments_;
+  RunContext context_;
+  pybind11::object buffers_, observe_;
+  SavedTensors inputs_;  // nothing where linked
+  std::vector<bool> needs_grad_;
+
+  std::shared_ptr<const FrameChain> chain_;
+  size_t position_ = 0;
+  std::shared_ptr<Frame> before_;
+  std::vector<int64_t> linked_;  // for each input: the output of before_ that it is, or -1
+  std::vector<Stored> carried_;  // linked inputs, while a recomputation has them
+
+  std::vector<SlotObject*> slots_;
+  std::vector<Signature> signatures_;
+  int64_t task_ = -1;     // graph task of the recomputation under way
+  size_t next_slot_ = 0;  // how many tensors it has saved
+  bool stops_early_ = true;
+};
+
+// Makes a call through a new frame, as block `position` of the chain, or on its own where `chain` is null.
+pybind11::object run(Region region, const std::shared_ptr<FrameChain>& chain, size_t position,
+                     const pybind11::tuple& positional, const pybind11::dict& keywords,
+                     pybind11::object buffers, pybind11::object observe);
+
+}  // namespace mlsys::activation
