@@ -1,7 +1,16 @@
 """Activation checkpointing: what a model keeps between forward and backward, and what it computes again."""
 
-from mlsys_engine.activation.blocks import resolve
-from mlsys_engine.activation.checkpointing import apply_actions, checkpoint, uncheckpoint
+from mlsys_engine.activation.budget import ActivationPlan, plan
+from mlsys_engine.activation.checkpointing import apply_actions, uncheckpoint
+from mlsys_engine.activation.policies import checkpoint, resolve
 from mlsys_engine.activation.recompute import RecomputeMismatchError
 
-__all__ = ["RecomputeMismatchError", "apply_actions", "checkpoint", "resolve", "uncheckpoint"]
+__all__ = [
+    "ActivationPlan",
+    "RecomputeMismatchError",
+    "apply_actions",
+    "checkpoint",
+    "plan",
+    "resolve",
+    "uncheckpoint",
+]

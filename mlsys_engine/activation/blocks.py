@@ -8,9 +8,9 @@ from torch import nn
 
 from mlsys_engine.errors import ConfigError, did_you_mean
 
+KEEP = "keep"
 RECOMPUTE = "recompute"
 RECOMPUTE_SEGMENTS = "recompute segments"
-ACTIONS = (RECOMPUTE, RECOMPUTE_SEGMENTS)
 POLICIES = ("full",)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

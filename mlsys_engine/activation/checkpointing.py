@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlsys_engine.activation.blocks import RECOMPUTE, RECOMPUTE_SEGMENTS, resolve
-from mlsys_engine.activation.recompute import BufferCopies, Region, changed_buffers, run_recomputed
+from mlsys_engine.activation.blocks import KEEP, RECOMPUTE, RECOMPUTE_SEGMENTS
+from mlsys_engine.activation.recompute import (
+    BufferCopies,
+    Place,
+    Region,
+    changed_buffers,
+    check_empty,
+    is_cache,
+    run_recomputed,
+)
+from mlsys_engine.activation.segments import ALONE, BlockChain, parse
 from mlsys_engine.errors import ConfigError
-
-
-def checkpoint(model: nn.Module, policy: str = "full") -> nn.Module:
-    """Makes the model's blocks recompute their activations in the backward, and returns the same model.
-
-    Called once, before training; calling it again changes nothing. Parameter names, outputs and gradients
-    stay bit-equal, with dropout, autocast, keyword arguments and any output structure; a block's forward runs
-    twice a step. Raises ConfigError for an unknown policy. Undo it with `uncheckpoint`.
-    """
-    return apply_actions(model, resolve(model, policy))
 
 
 def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
     """Applies `{block name: action}`, as `resolve` gives it and a Plan holds it. Returns the same model."""
+    reruns = {name: rerun for name, action in actions.items() if (rerun := parse(action)) is not None}
     for name, action in actions.items():
-        if action not in _FORWARDS:
+        if action not in _FORWARDS and name not in reruns:
             raise ConfigError(
                 f"Block {name!r} was given the activation action {action!r}.",
                 f"Known actions: {', '.join(_FORWARDS)}.",
@@ -42,10 +42,16 @@ def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
                 f"{type(model).__name__} has no module of that name.",
                 "Make the plan again for this model.",
             ) from None
+    chain = BlockChain(reruns) if any(rerun != ALONE for rerun in reruns.values()) else None
     for name, action in actions.items():
         block = model.get_submodule(name)
-        if not isinstance(block.__dict__.get("forward"), RecomputedForward):
-            block.forward = _FORWARDS[action](block, name or type(model).__name__)
+        if isinstance(block.__dict__.get("forward"), RecomputedForward):
+            continue
+        shown = name or type(model).__name__
+        if chain is not None and name in reruns:
+            block.forward = ChainedForward(block, shown, chain, chain.position(name))
+        else:
+            block.forward = _FORWARDS[action](block, shown)
     return model
 
 
@@ -53,8 +59,8 @@ def uncheckpoint(model: nn.Module) -> nn.Module:
     """Gives every block its own forward back, and returns the same model."""
     for block in model.modules():
         forward = block.__dict__.get("forward")
-        if isinstance(forward, RecomputedForward):
-            forward.remove()
+        if callable(remove := getattr(forward, "remove", None)):
+            remove()
     return model
 
 
@@ -71,7 +77,11 @@ class RecomputedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
-        return self._recomputed(Region(self._name, self._plain), args, kwargs, self._block_buffers())
+        region = Region(self._name, self._plain, self._place())
+        return self._recomputed(region, args, kwargs, self._block_buffers())
+
+    def _place(self) -> Place:
+        return Place()
 
     def _block_buffers(self) -> tuple[str, ...]:
         """The buffers that a call may write: all of a training block's, until one call has been watched."""
@@ -109,6 +119,30 @@ class RecomputedForward:
             self._block.forward = self._own_forward
 
 
+class ChainedForward(RecomputedForward):
+    """The forward of a block that is run again together with others."""
+
+    def __init__(self, block: nn.Module, name: str, chain: BlockChain, position: int) -> None:
+        super().__init__(block, name)
+        self._chain, self._position = chain, position
+
+    def _place(self) -> Place:
+        return Place(self._chain.native(), self._position)
+
+
+class KeptForward(RecomputedForward):
+    """The plain forward of a block among others that are run again: no generation cache reaches it.
+
+    It would fill the cache, and blocks that are run again refuse a filled one.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            args = tuple(map(_no_cache, args))
+            kwargs = {name: _no_cache(value) for name, value in kwargs.items()}
+        return self._plain(*args, **kwargs)
+
+
 class SegmentedForward(RecomputedForward):
     """The forward of a Sequential of plain layers, in about sqrt(layers) segments; the last one is kept.
 
@@ -135,10 +169,17 @@ class SegmentedForward(RecomputedForward):
         return _run_layers([layer for _, layer in layers[last:]], input)
 
 
+def _no_cache(value: Any) -> Any:
+    if not is_cache(value):
+        return value
+    check_empty(value)
+    return None
+
+
 def _run_layers(layers: list[nn.Module], value: Any) -> Any:
     for layer in layers:
         value = layer(value)
     return value
 
 
-_FORWARDS = {RECOMPUTE: RecomputedForward, RECOMPUTE_SEGMENTS: SegmentedForward}
+_FORWARDS = {KEEP: KeptForward, RECOMPUTE: RecomputedForward, RECOMPUTE_SEGMENTS: SegmentedForward}

@@ -113,13 +113,8 @@ def _open(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     An empty Hugging Face generation cache becomes None: a second run would append to it again.
     """
     kind = type(value)
-    if hasattr(kind, "get_seq_length") and not isinstance(value, nn.Module):
-        if value.get_seq_length():
-            raise ConfigError(
-                f"A checkpointed block got a filled {kind.__name__} while gradients are on.",
-                "A recomputed block cannot extend a cache of keys and values.",
-                "Train with use_cache=False, or generate under torch.no_grad().",
-            )
+    if is_cache(value):
+        check_empty(value)
         return [], lambda _: None
     if kind in pytree.SUPPORTED_NODES or pytree.is_namedtuple_class(kind):
         leaves, spec = pytree.tree_flatten(value)
@@ -128,6 +123,21 @@ def _open(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
         names = [field.name for field in dataclasses.fields(value)]
         return [getattr(value, name) for name in names], functools.partial(_with_fields, value, names)
     return None
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a Hugging Face generation cache, which a block's forward extends."""
+    return hasattr(type(value), "get_seq_length") and not isinstance(value, nn.Module)
+
+
+def check_empty(cache: Any) -> None:
+    """Refuses a cache that holds keys and values; raises ConfigError."""
+    if cache.get_seq_length():
+        raise ConfigError(
+            f"A checkpointed block got a filled {type(cache).__name__} while gradients are on.",
+            "A recomputed block cannot extend a cache of keys and values.",
+            "Train with use_cache=False, or generate under torch.no_grad().",
+        )
 
 
 def _with_fields(original: Any, names: Sequence[str], values: Sequence[Any]) -> Any:

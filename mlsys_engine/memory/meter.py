@@ -48,6 +48,11 @@ class SavedActivationMeter:
         self._hooks.__exit__(kind, error, trace)
         _ACTIVE.reset(self._reset)
 
+    def counts(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage is counted now, or never is because it belongs to the modules."""
+        key = tensor.untyped_storage()._cdata
+        return key in self._storages or key in self._excluded or _is_parameter(tensor)
+
     def hold(self, tensor: torch.Tensor) -> _Hold | None:
         """Counts the tensor's storage until the returned object dies; None when it does not count."""
         if _is_parameter(tensor):

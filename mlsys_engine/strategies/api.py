@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mlsys_engine import activation as activation_policies
+from mlsys_engine.activation import ActivationPlan
 from mlsys_engine.comm.launch import World, current_world, init
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.numerics import Loss, call_model
@@ -30,7 +31,7 @@ def plan(
     world: int | World | None = None,
     precision: str = "fp32",
     accumulate: int = 1,
-    activation: str | None = None,
+    activation: str | ActivationPlan | None = None,
     numerics: str = "fast",
     compile: bool = False,
     seed: int | None = None,
@@ -107,7 +108,7 @@ def wrap(
     noise_scale: GradientNoiseScale | None = None,
     precision: str = "fp32",
     accumulate: int = 1,
-    activation: str | None = None,
+    activation: str | ActivationPlan | None = None,
     numerics: str = "fast",
     compile: bool = False,
     sample: Any = None,

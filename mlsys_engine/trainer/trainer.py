@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlsys_engine import strategies, tracking
+from mlsys_engine.activation import ActivationPlan
 from mlsys_engine.comm.launch import World, init
 from mlsys_engine.data import GlobalBatches
 from mlsys_engine.errors import ConfigError
@@ -66,7 +67,7 @@ class Trainer:
         lr_schedule: LrSchedule | None = None,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
-        activation: str | None = None,
+        activation: str | ActivationPlan | None = None,
         compile: bool = False,
         sample: Any = None,
         verify: Any = None,

@@ -1,0 +1,217 @@
+"""Chooses what each block of a model keeps, so that the activations fit a budget at the least slowdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from mlsys_engine.activation.blocks import KEEP, resolve
+from mlsys_engine.activation.chain import Chain, Schedule
+from mlsys_engine.activation.checkpointing import RecomputedForward, apply_actions, uncheckpoint
+from mlsys_engine.activation.measure import Call, peak_and_seconds
+from mlsys_engine.activation.profile import Profile, profile
+from mlsys_engine.activation.segments import actions_of
+from mlsys_engine.activation.solver import curve, memory_range
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.plan import encode
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationPlan:
+    """What each block keeps, and what that takes. `apply` puts it into a model; printing it gives a table.
+
+    Bytes are of activations saved for the backward, as `mls.memory.SavedActivationMeter` counts them.
+    """
+
+    actions: tuple[tuple[str, str], ...]  # block FQN -> action, of blocks that do not keep everything
+    profile: Profile
+    schedule: Schedule
+    budget_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int  # with the actions applied, one forward and backward
+    measured_seconds: float
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Applies the actions to the model that was planned, or to one like it. Returns the same model."""
+        return apply_actions(model, dict(self.actions))
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON; `from_json` gives back an equal value."""
+        return encode.to_json(self, indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> ActivationPlan:
+        """The plan that `to_json` wrote; raises ConfigError for a damaged text."""
+        return encode.from_json(cls, text)
+
+
+def plan(
+    model: nn.Module, sample: Any, budget: float | str, *, call: Any = None, repeats: int = 3
+) -> ActivationPlan:
+    """Measures the model on a sample and solves for the budget; called once, before training.
+
+    `sample` is one microbatch: a mapping gives keyword arguments, a tuple or list positional ones. `budget`
+    is a part of what the plain model keeps at its peak (0.5, "50%") or a size ("6GiB", or a whole number of
+    bytes). `call(model, sample)` runs the model as training does, with autocast and loss, and returns its
+    output or its loss; None calls the model plainly. `repeats` forwards and backwards time the result.
+
+    The plan holds for samples of this shape; the model is unchanged afterwards. In a job every rank calls it
+    alike, rank 0 measures, and its plan is everybody's. Raises ConfigError with the least possible budget
+    when the budget is too small, and for a model that is checkpointed already.
+    Source: Herrmann et al. 2019, "Optimal checkpointing for heterogeneous chains".
+    """
+    budget_of = parse_budget(budget)
+    _check_plain(model)
+    run: Call = partial(call or _call_plainly, model, sample)
+    return on_rank_0(lambda: _plan(model, run, budget_of, repeats))
+
+
+def _plan(model: nn.Module, run: Call, budget_of: Callable[[int], int], repeats: int) -> ActivationPlan:
+    measured = profile(model, _block_names(model), run)
+    budget_bytes = budget_of(measured.plain_peak_bytes)
+    room = budget_bytes - measured.fixed_bytes
+    if budget_bytes >= measured.plain_peak_bytes:
+        room = memory_range(measured.chain).enough_bytes
+    for _ in range(_ATTEMPTS):
+        schedule = _solve(measured, room, budget_bytes)
+        actions = _without_needless(actions_of(schedule, measured.names), measured)
+        try:
+            apply_actions(model, actions)
+            peak, seconds = peak_and_seconds(model, run, repeats)
+        finally:
+            uncheckpoint(model)
+        if peak <= budget_bytes:
+            break
+        room -= peak - budget_bytes  # the model keeps more than its blocks told: give them less
+    else:
+        raise ConfigError(
+            f"A budget of {budget_bytes:,} bytes of activations for {type(model).__name__}.",
+            f"Its most fitting schedule was measured at {peak:,} bytes.",
+            f"Give at least {peak:,}.",
+        )
+    return ActivationPlan(
+        actions=tuple(actions.items()),
+        profile=measured,
+        schedule=schedule,
+        budget_bytes=budget_bytes,
+        predicted_peak_bytes=schedule.peak_bytes + measured.fixed_bytes,
+        measured_peak_bytes=peak,
+        measured_seconds=seconds,
+    )
+
+
+def parse_budget(budget: float | str) -> Callable[[int], int]:
+    """From the plain model's peak to the budget's bytes. Raises ConfigError for neither part nor size."""
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|B|KiB|MiB|GiB|)\s*", budget)
+        if match and match[2] == "%" and 0 < float(match[1]) <= 100:
+            return lambda peak: int(peak * float(match[1]) / 100)
+        if match and match[2] in _UNITS and float(match[1]) >= 1:
+            return lambda _: int(float(match[1]) * _UNITS[match[2]])
+    elif isinstance(budget, int) and not isinstance(budget, bool) and budget > 1:
+        return lambda _: budget
+    elif isinstance(budget, float | int) and not isinstance(budget, bool) and 0 < budget <= 1:
+        return lambda peak: int(peak * budget)
+    raise ConfigError(
+        f"budget={budget!r} was given to activation checkpointing.",
+        "It is a part of what the plain model keeps, above 0 and up to 1, or a size in bytes.",
+        'Give for example 0.5, "50%" or "6GiB".',
+    )
+
+
+def _solve(measured: Profile, room: int, budget_bytes: int) -> Schedule:
+    least = memory_range(measured.chain).least_bytes
+    if room < least:
+        raise ConfigError(
+            f"A budget of {budget_bytes:,} bytes of activations was given.",
+            f"{measured.fixed_bytes:,} are kept outside of the {len(measured.names)} blocks, which need at "
+            f"least {least:,}; the plain model keeps {measured.plain_peak_bytes:,}.",
+            f"Give at least {measured.fixed_bytes + least:,}, or make the microbatch smaller.",
+        )
+    return curve(measured.chain, [room]).schedules[0]
+
+
+def on_rank_0(make: Callable[[], ActivationPlan]) -> ActivationPlan:
+    """What `make` gives on rank 0, on every rank of the job; what it raises there is raised on all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    told: list[dict[str, str] | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [{"plan": make().to_json()}]
+        except ConfigError as error:
+            told = [{"error": str(error)}]
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    if "error" in told[0]:
+        raise ConfigError("Planning activations failed on rank 0.", told[0]["error"], "See above.")
+    return ActivationPlan.from_json(told[0]["plan"])
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, block in model.named_modules():
+        if isinstance(block.__dict__.get("forward"), RecomputedForward):
+            raise ConfigError(
+                f"A model whose block {name!r} is checkpointed already was given to be planned.",
+                "A plan compares with the plain model.",
+                "Call mls.activation.uncheckpoint(model) first.",
+            )
+
+
+def _without_needless(actions: dict[str, str], measured: Profile) -> dict[str, str]:
+    """Blocks that keep everything have no action, unless a generation cache is kept from them all."""
+    recomputes = any(action != KEEP for action in actions.values())
+    if measured.takes_cache and recomputes:
+        return actions
+    return {name: action for name, action in actions.items() if action != KEEP}
+
+
+def _block_names(model: nn.Module) -> list[str]:
+    return list(resolve(model, "full"))
+
+
+def _call_plainly(model: nn.Module, sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        return model(**sample)
+    return model(*sample) if isinstance(sample, list | tuple) else model(sample)
+
+
+def _lines(plan: ActivationPlan) -> list[str]:
+    actions = dict(plan.actions)
+    chain: Chain = plan.profile.chain
+    width = max(len(name) for name in (*plan.profile.names, "block"))
+    lines = [
+        f"Activations: {_size(plan.measured_peak_bytes)} of a budget of {_size(plan.budget_bytes)} "
+        f"(predicted {_size(plan.predicted_peak_bytes)}); everything kept is "
+        f"{_size(plan.profile.plain_peak_bytes)}.",
+        f"Forward and backward: {plan.measured_seconds * 1e3:.1f} ms; everything kept takes "
+        f"{plan.profile.plain_seconds * 1e3:.1f} ms.",
+        f"  {'block':<{width}}  {'keeps':>10}  {'forward':>10}  {'backward':>10}  action",
+    ]
+    for name, block in zip(plan.profile.names, chain.blocks, strict=False):
+        option = block.options[0]
+        lines.append(
+            f"  {name:<{width}}  {_size(option.saved_bytes):>10}  {option.forward_s * 1e3:>7.2f} ms"
+            f"  {option.backward_s * 1e3:>7.2f} ms  {actions.get(name, KEEP)}"
+        )
+    lines.append(f"  outside of the blocks {_size(plan.profile.fixed_bytes)}")
+    return lines
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,86 @@
+"""Activation checkpointing by policy: by name, or by a plan for a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlsys_engine.activation import blocks
+from mlsys_engine.activation.budget import ActivationPlan, parse_budget, plan
+from mlsys_engine.activation.checkpointing import apply_actions
+from mlsys_engine.errors import ConfigError
+
+BUDGET = "budget"
+
+
+def checkpoint(
+    model: nn.Module, policy: str = "full", *, budget: float | str | None = None, sample: Any = None
+) -> nn.Module:
+    """Makes the model's blocks recompute their activations in the backward, and returns the same model.
+
+    Called once, before training; calling it again changes nothing. Parameter names, outputs and gradients
+    stay bit-equal, with dropout, autocast, keyword arguments and any output structure. "full" runs every
+    block's forward twice a step. "budget" runs again what it takes to stay within `budget` (`plan` says in
+    which forms, and what it measures): on `sample`, or, without one, on what the first training forward is
+    given. Raises ConfigError for an unknown policy. Undo it with `uncheckpoint`.
+    """
+    if policy != BUDGET:
+        if budget is not None or sample is not None:
+            raise ConfigError(
+                f"policy={policy!r} was given to activation checkpointing with a budget or a sample.",
+                'They belong to policy="budget" and would have no effect.',
+                'Write policy="budget", or leave them out.',
+            )
+        return apply_actions(model, blocks.resolve(model, policy))
+    if budget is None:
+        raise ConfigError(
+            'policy="budget" was given to activation checkpointing without a budget.',
+            "It is a part of what the plain model keeps, or a size.",
+            'Give for example budget=0.5 or budget="6GiB".',
+        )
+    parse_budget(budget)
+    if sample is not None:
+        return plan(model, sample, budget).apply(model)
+    if not isinstance(model.__dict__.get("forward"), PlanningForward):
+        model.forward = PlanningForward(model, budget)
+    return model
+
+
+def resolve(model: nn.Module, activation: str | ActivationPlan | None) -> dict[str, str]:
+    """The action for each block: of a policy by its name, or of a plan. Raises ConfigError for others."""
+    if isinstance(activation, ActivationPlan):
+        return dict(activation.actions)
+    if activation == BUDGET:
+        raise ConfigError(
+            'activation="budget" was given without a budget.',
+            "A budget is planned on a sample before training.",
+            "Give activation=mls.activation.plan(model, sample, budget=0.5).",
+        )
+    return blocks.resolve(model, activation)
+
+
+class PlanningForward:
+    """The forward of a model that has a budget and no plan yet: the first training call makes it."""
+
+    def __init__(self, model: nn.Module, budget: float | str) -> None:
+        self._model, self._budget = model, budget
+        self._own_forward = model.__dict__.get("forward")  # set on the instance, if any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._plain(*args, **kwargs)
+        self.remove()
+        plan(self._model, None, self._budget, call=lambda model, _: model(*args, **kwargs)).apply(self._model)
+        return self._model.forward(*args, **kwargs)
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        if self._own_forward is not None:
+            return self._own_forward(*args, **kwargs)
+        return type(self._model).forward(self._model, *args, **kwargs)
+
+    def remove(self) -> None:
+        del self._model.forward
+        if self._own_forward is not None:
+            self._model.forward = self._own_forward
