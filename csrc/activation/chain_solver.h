@@ -18,7 +18,7 @@ struct Solution {
 };
 
 // Solves the chain for all budgets (bytes, not negative) with one table of about `num_slots` sizes up to
-// enough_bytes; 0 chooses their number by the chain's length. The unit depends on the chain and num_slots
+// enough_bytes; 0 chooses their number by the chain. The unit depends on the chain and num_slots
 // alone, and a larger budget never gives a slower schedule. Sizes are rounded up to units; where the greatest
 // common divisor of all sizes is large enough to be the unit, nothing is rounded. The chain has at least one
 // block, every block an option; sizes and times are finite and not negative.

@@ -54,20 +54,22 @@ std::vector<Interval> in_strips(int length) {
 
 }  // namespace
 
-// A part is known by its first block, the border behind that block, and the part that follows; the empty part
+// A part is known by its first block, the border behind that block (what is stored there, and what waits when
+// the blocks behind it are done), and the part that follows; the empty part
 // by the gradient that waits at its end. So equal parts get equal numbers from right to left.
 Sharing find_equal_intervals(const SizedChain& in_bytes) {
   const int length = in_bytes.length();
   Sharing sharing{PerInterval<int32_t>(length, -1), {}};
   const std::vector<int64_t> kinds = kinds_of(in_bytes);
-  std::map<std::pair<int64_t, bool>, int64_t> borders;
+  std::map<std::tuple<int64_t, bool, int64_t>, int64_t> borders;
   std::map<int64_t, int64_t> ends;
   std::unordered_map<std::array<int64_t, 3>, int32_t, HashThree> known;
   for (const auto [i, j] : in_strips(length)) {
     std::array<int64_t, 3> key{kinds[static_cast<size_t>(i)], -1, 0};
     if (i + 1 < j) {
       const SizedBlock& next = in_bytes.blocks[static_cast<size_t>(i) + 1];
-      key[1] = borders.try_emplace({next.input, next.splittable}, borders.size()).first->second;
+      key[1] =
+          borders.try_emplace({next.input, next.splittable, next.end_gradient}, borders.size()).first->second;
       key[2] = sharing.problem(i + 1, j);
     } else {
       key[2] = ends.try_emplace(in_bytes.gradient(j), ends.size()).first->second;

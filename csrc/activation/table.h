@@ -16,7 +16,8 @@
 //
 // This is the dynamic programme of Herrmann, Beaumont, Eyraud-Dubois, Hermann, Joly & Shilova 2019, "Optimal
 // checkpointing for heterogeneous chains", with several options a block as in Zhao, Gusak et al. 2023,
-// "Rockmate". It is exact for the schedules that keep what they have stored until its backward.
+// "Rockmate". It is exact for the schedules that keep what they have stored until its backward and run again
+// from the nearest stored input.
 //
 // What makes it fast, all of it exact: equal parts are one problem; a row holds only the m between the least
 // memory at which the part runs and the memory from which E is 0; and most middles k are refused sixteen

@@ -52,8 +52,12 @@ struct RelaxMiddles {
         if (!improves[t]) continue;
         float* target = best + (group + t - begin) * 16;
         const float *x = front + (offset + t) * 16, *y = back + (offset + t) * 16;
-        float value[16];  // apart from the rows, which the compiler takes to overlap
+        // Apart from the rows, which the compiler takes to overlap; and GCC vectorises loops, not what it has
+        // unrolled before.
+        float value[16];
+#pragma GCC unroll 1
         for (int64_t s = 0; s < 16; ++s) value[s] = (x[s] + y[s]) + drop_s;
+#pragma GCC unroll 1
         for (int64_t s = 0; s < 16; ++s) target[s] = value[s] < target[s] ? value[s] : target[s];
         highest[group + t - begin] = target[0];
       }

@@ -33,7 +33,7 @@ class Curve:
 def solve(chain: Chain, budget_bytes: int, *, num_slots: int | None = None) -> Schedule:
     """The schedule of least time whose peak stays within the budget; called when a plan is made.
 
-    More `num_slots` round sizes less and take proportionally longer; None chooses by the chain's length.
+    More `num_slots` round sizes less and take proportionally longer; None chooses by the chain.
     Raises ConfigError with the least budget when that is not enough. More budget is never slower.
     """
     return curve(chain, [budget_bytes], num_slots=num_slots).schedules[0]

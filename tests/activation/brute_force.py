@@ -9,11 +9,14 @@ from mlsys_engine.activation.chain import Chain
 
 
 def fastest_seconds(chain: Chain, budget_bytes: int) -> float | None:
-    """The least time of a schedule that keeps what it has stored until its backward; None: nothing fits.
+    """The least time of a schedule of the class that is solved for; None: nothing fits.
+
+    The class: what is stored stays until its backward, and forwards run again from the nearest stored input.
 
     A state is (backwards to come, the block whose input the last forward has just made, the blocks whose
-    inputs are stored on their own, the option under which each block is saved). Every forward whose input is
-    there may come next, in every mode. Dijkstra's search finds the state without backwards to come.
+    inputs are stored on their own, the option under which each block is saved). The forward that goes on from
+    the last one, or one from the nearest stored input, may come next, in every mode. Dijkstra's search finds
+    the state without backwards to come.
     """
     blocks = chain.blocks
     start = (len(blocks), -1, frozenset[int](), (-1,) * len(blocks))
@@ -49,8 +52,9 @@ def followers(chain: Chain, budget: int, state):
         if held - option.saved_bytes + option.backward_peak_bytes <= budget:
             yield option.backward_s, (last, -1, stored - {last}, with_entry(saved, last, -1))
         return  # the backward is the only thing worth doing then
-    for k in range(num_left):
-        if saved[k] >= 0 or not (is_there(k) or k == passing):
+    nearest = max(k for k in range(num_left) if is_there(k))
+    for k in {nearest, passing} - {-1}:
+        if saved[k] >= 0:
             continue
         during = held + gradient + (0 if is_there(k) else blocks[k].input_bytes)
         kept = stored if is_there(k) else stored | {k}

@@ -1,4 +1,4 @@
-"""Builds and runs the C++ tests of csrc/memory and csrc/comm."""
+"""Builds and runs the C++ tests of csrc/memory, csrc/comm and csrc/activation."""
 
 from __future__ import annotations
 
