@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlsys_engine.activation.blocks import KEEP, RECOMPUTE, RECOMPUTE_SEGMENTS
+from mlsys_engine.activation.blocks import KEEP, RECOMPUTE, RECOMPUTE_SEGMENTS, SELECTIVE
 from mlsys_engine.activation.recompute import (
     BufferCopies,
     Place,
@@ -21,6 +21,7 @@ from mlsys_engine.activation.recompute import (
     run_recomputed,
 )
 from mlsys_engine.activation.segments import ALONE, BlockChain, parse
+from mlsys_engine.activation.selective import Selection, SelectiveRegion, run_selective
 from mlsys_engine.errors import ConfigError
 
 
@@ -28,10 +29,10 @@ def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
     """Applies `{block name: action}`, as `resolve` gives it and a Plan holds it. Returns the same model."""
     reruns = {name: rerun for name, action in actions.items() if (rerun := parse(action)) is not None}
     for name, action in actions.items():
-        if action not in _FORWARDS and name not in reruns:
+        if action not in _ACTIONS and name not in reruns:
             raise ConfigError(
                 f"Block {name!r} was given the activation action {action!r}.",
-                f"Known actions: {', '.join(_FORWARDS)}.",
+                f"Known actions: {', '.join(_ACTIONS)}.",
                 "Make the plan again with this version.",
             )
         try:
@@ -43,6 +44,7 @@ def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
                 "Make the plan again for this model.",
             ) from None
     chain = BlockChain(reruns) if any(rerun != ALONE for rerun in reruns.values()) else None
+    selection = Selection.of(model) if SELECTIVE in actions.values() else None
     for name, action in actions.items():
         block = model.get_submodule(name)
         if isinstance(block.__dict__.get("forward"), RecomputedForward):
@@ -50,6 +52,8 @@ def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
         shown = name or type(model).__name__
         if chain is not None and name in reruns:
             block.forward = ChainedForward(block, shown, chain, chain.position(name))
+        elif selection is not None and action == SELECTIVE:
+            block.forward = SelectiveForward(block, shown, selection)
         else:
             block.forward = _FORWARDS[action](block, shown)
     return model
@@ -143,6 +147,23 @@ class KeptForward(RecomputedForward):
         return self._plain(*args, **kwargs)
 
 
+class SelectiveForward(RecomputedForward):
+    """A block's forward, run once, that does not keep the outputs of cheap operations."""
+
+    def __init__(self, block: nn.Module, name: str, selection: Selection) -> None:
+        super().__init__(block, name)
+        self._selection, self._has_checked = selection, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._plain(*args, **kwargs)
+        checks = self._block.training and not self._has_checked
+        region = SelectiveRegion(self._name, self._plain, self._selection, checks)
+        result = run_selective(region, args, kwargs)
+        self._has_checked |= checks
+        return result
+
+
 class SegmentedForward(RecomputedForward):
     """The forward of a Sequential of plain layers, in about sqrt(layers) segments; the last one is kept.
 
@@ -183,3 +204,4 @@ def _run_layers(layers: list[nn.Module], value: Any) -> Any:
 
 
 _FORWARDS = {KEEP: KeptForward, RECOMPUTE: RecomputedForward, RECOMPUTE_SEGMENTS: SegmentedForward}
+_ACTIONS = (*_FORWARDS, SELECTIVE)

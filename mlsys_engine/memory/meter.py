@@ -38,7 +38,7 @@ class SavedActivationMeter:
 
     def __enter__(self) -> SavedActivationMeter:
         self._reset = _ACTIVE.set((*_ACTIVE.get(), self))
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(_Saved, _Saved.read)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_Saved, self.read_saved)
         self._hooks.__enter__()
         return self
 
@@ -47,6 +47,11 @@ class SavedActivationMeter:
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
         _ACTIVE.reset(self._reset)
+
+    @staticmethod
+    def read_saved(saved: _Saved) -> torch.Tensor:
+        """The unpack hook of every meter: gives the tensor back without computing anything."""
+        return saved.tensor
 
     def counts(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage is counted now, or never is because it belongs to the modules."""
@@ -92,9 +97,6 @@ class _Saved:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor.detach()  # the tensor itself may own the node that owns this object
         self.holds = [meter.hold(tensor) for meter in _ACTIVE.get()]
-
-    def read(self) -> torch.Tensor:
-        return self.tensor
 
 
 def current_observer() -> Observe | None:

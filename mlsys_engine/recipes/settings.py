@@ -51,7 +51,7 @@ class TrainingSettings:
     precision: Literal["fp32", "bf16", "fp16", "bf16-pure", "fp16-pure"] = "fp32"
     """Arithmetic of forward and backward; pure ones store the parameters so, too."""
     activation: str | None = "full"
-    """Policy of activation checkpointing: full computes blocks again, None keeps all activations."""
+    """Policy of activation checkpointing: full runs blocks again, selective cheap operations."""
     compile: bool = False
     """Compile the model with torch.compile."""
     numerics: Literal["fast", "reproducible", "world_invariant"] = "fast"

@@ -43,7 +43,7 @@ def test_no_policy_touches_nothing() -> None:
 
 def test_unknown_policy_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(
-        ConfigError, match=r"policy='ful'.*Known policies: full, or None.*Did you mean 'full'"
+        ConfigError, match=r"policy='ful'.*Known policies: full, selective, or None.*Did you mean 'full'"
     ):
         activation.checkpoint(Stack(), policy="ful")
 
