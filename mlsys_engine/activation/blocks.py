@@ -49,12 +49,14 @@ def resolve(model: nn.Module, policy: str | None) -> dict[str, str]:
 def _members_of_containers(path: str, module: nn.Module) -> Iterator[str]:
     prefix = f"{path}." if path else ""
     children = list(module.named_children())
-    composite = [f"{prefix}{name}" for name, child in children if _is_composite(child)]
-    if isinstance(module, _CONTAINERS) and composite:
-        yield from composite
-        return
+    in_container = isinstance(module, _CONTAINERS)
     for name, child in children:
-        yield from _members_of_containers(f"{prefix}{name}", child)
+        inner = list(_members_of_containers(f"{prefix}{name}", child))
+        # A container among the members is a stage of blocks; any other composite member is a block itself.
+        if in_container and _is_composite(child) and not (inner and isinstance(child, _CONTAINERS)):
+            yield f"{prefix}{name}"
+        else:
+            yield from inner
 
 
 def _is_composite(module: nn.Module) -> bool:

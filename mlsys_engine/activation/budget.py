@@ -22,7 +22,7 @@ from mlsys_engine.errors import ConfigError
 from mlsys_engine.plan import encode
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_ATTEMPTS = 3
+_ATTEMPTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)

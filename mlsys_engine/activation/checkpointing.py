@@ -23,6 +23,7 @@ from mlsys_engine.activation.recompute import (
 from mlsys_engine.activation.segments import ALONE, BlockChain, parse
 from mlsys_engine.activation.selective import Selection, SelectiveRegion, run_selective
 from mlsys_engine.errors import ConfigError
+from mlsys_engine.native import load_activation
 
 
 def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
@@ -77,15 +78,22 @@ class RecomputedForward:
         self._own_forward: Callable[..., Any] | None = block.__dict__.get("forward")
         # Part of the block -> the buffers that it was seen to write.
         self._written: dict[str, tuple[str, ...]] = {}
+        self._rests: dict[str, Any] = {}  # part of the block -> the native Rest that its calls share
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
-        region = Region(self._name, self._plain, self._place())
+        region = self._region(self._name, self._plain)
         return self._recomputed(region, args, kwargs, self._block_buffers())
 
-    def _place(self) -> Place:
-        return Place()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rests": {}}
+
+    def _region(self, part: str, fn: Callable[..., Any]) -> Region:
+        rest = self._rests.get(part)
+        if rest is None:
+            rest = self._rests[part] = load_activation().Rest()
+        return Region(part, fn, rest=rest)
 
     def _block_buffers(self) -> tuple[str, ...]:
         """The buffers that a call may write: all of a training block's, until one call has been watched."""
@@ -130,8 +138,10 @@ class ChainedForward(RecomputedForward):
         super().__init__(block, name)
         self._chain, self._position = chain, position
 
-    def _place(self) -> Place:
-        return Place(self._chain.native(), self._position)
+    def _region(self, part: str, fn: Callable[..., Any]) -> Region:
+        region = super()._region(part, fn)
+        region.place = Place(self._chain.native(), self._position)
+        return region
 
 
 class KeptForward(RecomputedForward):
@@ -186,7 +196,7 @@ class SegmentedForward(RecomputedForward):
             )
             part = f"{self._name}[{start}:{start + size}]"
             run = partial(_run_layers, [layer for _, layer in segment])
-            input = self._recomputed(Region(part, run), (input,), {}, names)
+            input = self._recomputed(self._region(part, run), (input,), {}, names)
         return _run_layers([layer for _, layer in layers[last:]], input)
 
 

@@ -69,22 +69,27 @@ class BufferCopies:
             self._module.get_submodule(owner)._buffers[leaf] = original
 
 
-@dataclasses.dataclass(frozen=True)
+_NO_PLACE = Place()
+
+
+@dataclasses.dataclass(slots=True)
 class Region:
     """What is recomputed: `fn`, a part of the model that users know as `name`."""
 
     name: str
     fn: Callable[..., Any]
-    place: Place = dataclasses.field(default_factory=Place)
+    place: Place = _NO_PLACE
+    rest: Any = None  # the native Rest that all calls of this part share
 
 
 def run_recomputed(
     region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: BufferCopies | None = None
 ) -> Any:
     """Runs the region and keeps its inputs alone for the backward, which runs it again."""
-    run, place = load_activation().run, region.place
-    observe = current_observer()
-    return run(_hooks(), region.name, region.fn, place.chain, place.position, args, kwargs, buffers, observe)
+    native, place = load_activation(), region.place
+    rest = native.Rest() if region.rest is None else region.rest
+    what = (_hooks(), region.name, region.fn, rest, place.chain, place.position)
+    return native.run(*what, args, kwargs, buffers, current_observer())
 
 
 def changed_buffers(module: nn.Module, before: Mapping[str, torch.Tensor]) -> tuple[str, ...]:

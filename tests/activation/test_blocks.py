@@ -22,6 +22,11 @@ def test_sequential_of_blocks_at_the_top_is_a_container() -> None:
     assert list(activation.resolve(nn.Sequential(Block(4), Block(4)), "full")) == ["0", "1"]
 
 
+def test_a_container_in_a_container_is_a_stage_of_blocks() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Block(4), Block(4)), nn.Sequential(nn.Linear(4, 4)))
+    assert list(activation.resolve(model, "full")) == ["1.0", "1.1", "2"]
+
+
 def test_sequential_of_plain_layers_is_cut_into_segments() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
     assert activation.resolve(model, "full") == {"": "recompute segments"}

@@ -207,3 +207,28 @@ def test_hugging_face_gpt2_with_its_cache_on_has_the_plain_gradients() -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert_same_bits(*gradients)
     assert peaks[1] < peaks[0]
+
+
+class LongTail(nn.Module):
+    """Saves its last tensor early, and goes on for long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.num_tails = nn.Linear(16, 16), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        for _ in range(30):
+            y = y + 1
+        self.num_tails += 1
+        return y
+
+
+def test_a_rest_that_takes_long_is_not_run_again_once_that_is_known() -> None:
+    block = LongTail()
+    model = activation.apply_actions(nn.Sequential(block), {"0": "recompute"})
+    x = torch.randn(20_000, 16)
+    model(x).sum().backward()
+    assert block.num_tails == 2  # the forward, and the recomputation that saw how long it takes
+    model(x).sum().backward()
+    assert block.num_tails == 3

@@ -111,7 +111,9 @@ void Frame::store(const at::Tensor& tensor) {
           " in the forward, but as " + now.text() + " when it was run again");
   }
   if (SlotObject* slot = slots_[index]) slot->stored.emplace_back(task_, held(tensor));
-  if (stops_early_ && next_slot_ == slots_.size()) {
+  if (next_slot_ < slots_.size()) return;
+  last_saved_ = std::chrono::steady_clock::now();
+  if (stops_early_) {
     PyErr_SetNone(region_.hooks->stop_recompute.ptr());
     throw py::error_already_set();
   }
@@ -168,7 +170,7 @@ void Frame::run_again(Keep keep, int64_t task, Frame* follower) {
   // place is put back afterwards.
   const int64_t outer_task = std::exchange(task_, task);
   const size_t outer_slot = std::exchange(next_slot_, 0);
-  const bool outer_stop = std::exchange(stops_early_, follower == nullptr);
+  const bool outer_stop = std::exchange(stops_early_, follower == nullptr && region_.rest->worth_stopping());
   const auto put_back = [&] {
     task_ = outer_task;
     next_slot_ = outer_slot;
@@ -194,6 +196,10 @@ void Frame::call_again(const std::vector<at::Tensor>& inputs, Keep keep, Frame* 
     const SavedTensorHooks hooks(shared_from_this(),
                                  keep == Keep::kSaved ? HookKind::kStore : HookKind::kDrop);
     result = called(region_.fn, positional, keywords);
+  }
+  if (result && keep == Keep::kSaved && !region_.rest->seen && next_slot_ == slots_.size()) {
+    const std::chrono::duration<double> rest = std::chrono::steady_clock::now() - last_saved_;
+    *region_.rest = {true, rest.count()};
   }
   if (!result) {
     if (!PyErr_ExceptionMatches(region_.hooks->stop_recompute.ptr())) throw py::error_already_set();

@@ -40,19 +40,21 @@ void bind_frame(py::module_& module) {
                  Hooks{std::move(open), std::move(stop_recompute), std::move(mismatch_error)});
            }),
            py::arg("open"), py::arg("stop_recompute"), py::arg("mismatch_error"));
+  py::class_<Rest, std::shared_ptr<Rest>>(module, "Rest").def(py::init<>());
   py::class_<FrameChain, std::shared_ptr<FrameChain>>(module, "FrameChain")
       .def(py::init(&make_chain), py::arg("linked"), py::arg("before"));
   module.def(
       "run",
-      [](std::shared_ptr<Hooks> hooks, std::string name, py::object fn,
+      [](std::shared_ptr<Hooks> hooks, std::string name, py::object fn, std::shared_ptr<Rest> rest,
          const std::shared_ptr<FrameChain>& chain, size_t position, const py::tuple& positional,
          const py::dict& keywords, py::object buffers, py::object observe) {
-        Region region{std::move(name), std::move(fn), std::move(hooks)};
+        Region region{std::move(name), std::move(fn), std::move(rest), std::move(hooks)};
         return run(std::move(region), chain, position, positional, keywords, std::move(buffers),
                    std::move(observe));
       },
-      py::arg("hooks"), py::arg("name"), py::arg("fn"), py::arg("chain").none(true), py::arg("position"),
-      py::arg("positional"), py::arg("keywords"), py::arg("buffers"), py::arg("observe"));
+      py::arg("hooks"), py::arg("name"), py::arg("fn"), py::arg("rest"), py::arg("chain").none(true),
+      py::arg("position"), py::arg("positional"), py::arg("keywords"), py::arg("buffers"),
+      py::arg("observe"));
 }
 
 }  // namespace mlsys::activation
