@@ -5,8 +5,9 @@
 For each budget: the engine's plan, and torch's checkpoint on the fewest first blocks that keep the same
 budget. Besides: everything kept, torch's checkpoint on every block, and torch's selective policy, which keeps
 the results of matrix products, convolutions and attention. Peaks are of bytes saved for the backward, by the
-engine's meter. Systems take turns in one process, and gradients are compared with the plain model's, bit for
-bit.
+engine's meter; it does not see what torch's checkpoint recomputes, so torch's peaks are only what stays
+between forward and backward. Systems take turns in one process, and gradients are compared with the plain
+model's, bit for bit.
 """
 
 from __future__ import annotations

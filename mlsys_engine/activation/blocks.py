@@ -21,8 +21,9 @@ def resolve(model: nn.Module, policy: str | None) -> dict[str, str]:
     """The action for each block that the policy touches: `{block name: action}`; empty without a policy.
 
     "full" recomputes every block; "selective" computes the outputs of cheap operations in them again. Blocks
-    are the composite members of the outermost containers (ModuleList, ModuleDict, Sequential), as
-    transformers and residual networks are built. Without any: a Sequential of plain layers is recomputed in
+    are the composite members of the outermost containers (ModuleList, ModuleDict, Sequential; a container
+    of composite members alone inside a container is a stage, whose members are blocks), as transformers and
+    residual networks are built. Without any: a Sequential of plain layers is recomputed in
     about sqrt(layers) segments ("selective" takes it as one block); else each composite child is a block;
     else the whole model is one block, which keeps nothing until the backward but cannot lower the backward's
     peak. Raises ConfigError for an unknown policy.
@@ -52,11 +53,15 @@ def _members_of_containers(path: str, module: nn.Module) -> Iterator[str]:
     in_container = isinstance(module, _CONTAINERS)
     for name, child in children:
         inner = list(_members_of_containers(f"{prefix}{name}", child))
-        # A container among the members is a stage of blocks; any other composite member is a block itself.
-        if in_container and _is_composite(child) and not (inner and isinstance(child, _CONTAINERS)):
+        if in_container and _is_composite(child) and not _is_stage(child):
             yield f"{prefix}{name}"
         else:
             yield from inner
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether it is a row of blocks rather than a block."""
+    return isinstance(module, _CONTAINERS) and all(_is_composite(child) for child in module.children())
 
 
 def _is_composite(module: nn.Module) -> bool:

@@ -94,13 +94,12 @@ def _plan(model: nn.Module, run: Call, budget_of: Callable[[int], int], repeats:
             uncheckpoint(model)
         if peak <= budget_bytes:
             break
-        room -= peak - budget_bytes  # the model keeps more than its blocks told: give them less
+        # The model keeps more than its blocks told: the next schedule gets less, and is another one.
+        room = min(room - (peak - budget_bytes), schedule.peak_bytes - 1)
+        if room < memory_range(measured.chain).least_bytes:
+            raise _not_kept(model, budget_bytes, peak)
     else:
-        raise ConfigError(
-            f"A budget of {budget_bytes:,} bytes of activations for {type(model).__name__}.",
-            f"Its most fitting schedule was measured at {peak:,} bytes.",
-            f"Give at least {peak:,}.",
-        )
+        raise _not_kept(model, budget_bytes, peak)
     return ActivationPlan(
         actions=tuple(actions.items()),
         profile=measured,
@@ -128,6 +127,14 @@ def parse_budget(budget: float | str) -> Callable[[int], int]:
         f"budget={budget!r} was given to activation checkpointing.",
         "It is a part of what the plain model keeps, above 0 and up to 1, or a size in bytes.",
         'Give for example 0.5, "50%" or "6GiB".',
+    )
+
+
+def _not_kept(model: nn.Module, budget_bytes: int, peak: int) -> ConfigError:
+    return ConfigError(
+        f"A budget of {budget_bytes:,} bytes of activations for {type(model).__name__}.",
+        f"The last of the schedules that should fit was measured at {peak:,} bytes.",
+        f"Give at least {peak:,}.",
     )
 
 

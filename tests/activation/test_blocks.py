@@ -23,7 +23,8 @@ def test_sequential_of_blocks_at_the_top_is_a_container() -> None:
 
 
 def test_a_container_in_a_container_is_a_stage_of_blocks() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Block(4), Block(4)), nn.Sequential(nn.Linear(4, 4)))
+    stage, block = nn.Sequential(Block(4), Block(4)), nn.Sequential(nn.Linear(4, 4), Block(4))
+    model = nn.Sequential(nn.Linear(4, 4), stage, block)
     assert list(activation.resolve(model, "full")) == ["1.0", "1.1", "2"]
 
 
