@@ -13,7 +13,8 @@ from torch import nn
 
 from mlsys_engine.activation.blocks import KEEP, resolve
 from mlsys_engine.activation.chain import Chain, Schedule
-from mlsys_engine.activation.checkpointing import RecomputedForward, apply_actions, uncheckpoint
+from mlsys_engine.activation.checkpointing import apply_actions, uncheckpoint
+from mlsys_engine.activation.forwards import ReplacedForward
 from mlsys_engine.activation.measure import Call, peak_and_seconds
 from mlsys_engine.activation.profile import Profile, profile
 from mlsys_engine.activation.segments import actions_of
@@ -163,13 +164,17 @@ def on_rank_0(make: Callable[[], ActivationPlan]) -> ActivationPlan:
     dist.broadcast_object_list(told, src=0)
     assert told[0] is not None
     if "error" in told[0]:
-        raise ConfigError("Planning activations failed on rank 0.", told[0]["error"], "See above.")
+        raise ConfigError(
+            "Rank 0 could not plan the activations of this job.",
+            told[0]["error"],
+            "Every rank takes rank 0's plan, so change what rank 0 was given.",
+        )
     return ActivationPlan.from_json(told[0]["plan"])
 
 
 def _check_plain(model: nn.Module) -> None:
     for name, block in model.named_modules():
-        if isinstance(block.__dict__.get("forward"), RecomputedForward):
+        if isinstance(block.__dict__.get("forward"), ReplacedForward):
             raise ConfigError(
                 f"A model whose block {name!r} is checkpointed already was given to be planned.",
                 "A plan compares with the plain model.",

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from mlsys_engine.activation.blocks import KEEP, RECOMPUTE, RECOMPUTE_SEGMENTS, SELECTIVE
-from mlsys_engine.activation.recompute import (
-    BufferCopies,
-    Place,
-    Region,
-    changed_buffers,
-    check_empty,
-    is_cache,
-    run_recomputed,
+from mlsys_engine.activation.forwards import (
+    ChainedForward,
+    KeptForward,
+    RecomputedForward,
+    ReplacedForward,
+    SegmentedForward,
+    SelectiveForward,
 )
 from mlsys_engine.activation.segments import ALONE, BlockChain, parse
-from mlsys_engine.activation.selective import Selection, SelectiveRegion, run_selective
+from mlsys_engine.activation.selective import Selection
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.native import load_activation
+
+_FORWARDS: dict[str, Callable[[nn.Module, str], Callable[..., Any]]] = {
+    KEEP: KeptForward,
+    RECOMPUTE: RecomputedForward,
+    RECOMPUTE_SEGMENTS: SegmentedForward,
+}
+_ACTIONS = (*_FORWARDS, SELECTIVE)
 
 
 def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
@@ -48,7 +50,7 @@ def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
     selection = Selection.of(model) if SELECTIVE in actions.values() else None
     for name, action in actions.items():
         block = model.get_submodule(name)
-        if isinstance(block.__dict__.get("forward"), RecomputedForward):
+        if isinstance(block.__dict__.get("forward"), ReplacedForward):
             continue
         shown = name or type(model).__name__
         if chain is not None and name in reruns:
@@ -64,154 +66,6 @@ def uncheckpoint(model: nn.Module) -> nn.Module:
     """Gives every block its own forward back, and returns the same model."""
     for block in model.modules():
         forward = block.__dict__.get("forward")
-        if callable(remove := getattr(forward, "remove", None)):
-            remove()
+        if isinstance(forward, ReplacedForward):
+            forward.remove()
     return model
-
-
-class RecomputedForward:
-    """A block's forward under a recompute frame. Without gradients it is the plain forward."""
-
-    def __init__(self, block: nn.Module, name: str) -> None:
-        self._block, self._name = block, name
-        # Set on the instance, if any.
-        self._own_forward: Callable[..., Any] | None = block.__dict__.get("forward")
-        # Part of the block -> the buffers that it was seen to write.
-        self._written: dict[str, tuple[str, ...]] = {}
-        self._rests: dict[str, Any] = {}  # part of the block -> the native Rest that its calls share
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self._plain(*args, **kwargs)
-        region = self._region(self._name, self._plain)
-        return self._recomputed(region, args, kwargs, self._block_buffers())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rests": {}}
-
-    def _region(self, part: str, fn: Callable[..., Any]) -> Region:
-        rest = self._rests.get(part)
-        if rest is None:
-            rest = self._rests[part] = load_activation().Rest()
-        return Region(part, fn, rest=rest)
-
-    def _block_buffers(self) -> tuple[str, ...]:
-        """The buffers that a call may write: all of a training block's, until one call has been watched."""
-        if not self._block.training:
-            return ()
-        written = self._written.get(self._name)
-        if written is None:
-            written = tuple(name for name, _ in self._block.named_buffers())
-            if not written:
-                self._written[self._name] = ()
-        return written
-
-    def _recomputed(
-        self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: tuple[str, ...]
-    ) -> Any:
-        """Runs the region recomputed. The first training call finds out which of `buffers` it writes."""
-        if not buffers:
-            return run_recomputed(region, args, kwargs)
-        written = self._written.get(region.name)
-        if written is not None:
-            return run_recomputed(region, args, kwargs, BufferCopies(self._block, written))
-        before = {name: self._block.get_buffer(name).detach().clone() for name in buffers}
-        result = run_recomputed(region, args, kwargs, BufferCopies(self._block, buffers))
-        self._written[region.name] = changed_buffers(self._block, before)
-        return result
-
-    def _plain(self, *args: Any, **kwargs: Any) -> Any:
-        if self._own_forward is not None:
-            return self._own_forward(*args, **kwargs)
-        return type(self._block).forward(self._block, *args, **kwargs)
-
-    def remove(self) -> None:
-        del self._block.forward
-        if self._own_forward is not None:
-            self._block.forward = self._own_forward
-
-
-class ChainedForward(RecomputedForward):
-    """The forward of a block that is run again together with others."""
-
-    def __init__(self, block: nn.Module, name: str, chain: BlockChain, position: int) -> None:
-        super().__init__(block, name)
-        self._chain, self._position = chain, position
-
-    def _region(self, part: str, fn: Callable[..., Any]) -> Region:
-        region = super()._region(part, fn)
-        region.place = Place(self._chain.native(), self._position)
-        return region
-
-
-class KeptForward(RecomputedForward):
-    """The plain forward of a block among others that are run again: no generation cache reaches it.
-
-    It would fill the cache, and blocks that are run again refuse a filled one.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            args = tuple(map(_no_cache, args))
-            kwargs = {name: _no_cache(value) for name, value in kwargs.items()}
-        return self._plain(*args, **kwargs)
-
-
-class SelectiveForward(RecomputedForward):
-    """A block's forward, run once, that does not keep the outputs of cheap operations."""
-
-    def __init__(self, block: nn.Module, name: str, selection: Selection) -> None:
-        super().__init__(block, name)
-        self._selection, self._has_checked = selection, False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self._plain(*args, **kwargs)
-        checks = self._block.training and not self._has_checked
-        region = SelectiveRegion(self._name, self._plain, self._selection, checks)
-        result = run_selective(region, args, kwargs)
-        self._has_checked |= checks
-        return result
-
-
-class SegmentedForward(RecomputedForward):
-    """The forward of a Sequential of plain layers, in about sqrt(layers) segments; the last one is kept.
-
-    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
-    """
-
-    def __call__(self, input: Any) -> Any:  # the parameter's name is nn.Sequential's
-        if not torch.is_grad_enabled():
-            return self._plain(input)
-        layers = list(self._block.named_children())
-        size = math.ceil(len(layers) / round(math.sqrt(len(layers))))
-        last = (len(layers) - 1) // size * size
-        for start in range(0, last, size):
-            segment = layers[start : start + size]
-            names = tuple(
-                f"{name}.{leaf}"
-                for name, layer in segment
-                for leaf, _ in layer.named_buffers()
-                if layer.training
-            )
-            part = f"{self._name}[{start}:{start + size}]"
-            run = partial(_run_layers, [layer for _, layer in segment])
-            input = self._recomputed(self._region(part, run), (input,), {}, names)
-        return _run_layers([layer for _, layer in layers[last:]], input)
-
-
-def _no_cache(value: Any) -> Any:
-    if not is_cache(value):
-        return value
-    check_empty(value)
-    return None
-
-
-def _run_layers(layers: list[nn.Module], value: Any) -> Any:
-    for layer in layers:
-        value = layer(value)
-    return value
-
-
-_FORWARDS = {KEEP: KeptForward, RECOMPUTE: RecomputedForward, RECOMPUTE_SEGMENTS: SegmentedForward}
-_ACTIONS = (*_FORWARDS, SELECTIVE)

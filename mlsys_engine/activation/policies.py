@@ -10,6 +10,7 @@ from torch import nn
 from mlsys_engine.activation import blocks
 from mlsys_engine.activation.budget import ActivationPlan, parse_budget, plan
 from mlsys_engine.activation.checkpointing import apply_actions
+from mlsys_engine.activation.forwards import ReplacedForward
 from mlsys_engine.errors import ConfigError
 
 BUDGET = "budget"
@@ -61,26 +62,16 @@ def resolve(model: nn.Module, activation: str | ActivationPlan | None) -> dict[s
     return blocks.resolve(model, activation)
 
 
-class PlanningForward:
+class PlanningForward(ReplacedForward):
     """The forward of a model that has a budget and no plan yet: the first training call makes it."""
 
     def __init__(self, model: nn.Module, budget: float | str) -> None:
-        self._model, self._budget = model, budget
-        self._own_forward = model.__dict__.get("forward")  # set on the instance, if any
+        super().__init__(model, type(model).__name__)
+        self._budget = budget
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
         self.remove()
-        plan(self._model, None, self._budget, call=lambda model, _: model(*args, **kwargs)).apply(self._model)
-        return self._model.forward(*args, **kwargs)
-
-    def _plain(self, *args: Any, **kwargs: Any) -> Any:
-        if self._own_forward is not None:
-            return self._own_forward(*args, **kwargs)
-        return type(self._model).forward(self._model, *args, **kwargs)
-
-    def remove(self) -> None:
-        del self._model.forward
-        if self._own_forward is not None:
-            self._model.forward = self._own_forward
+        plan(self._block, None, self._budget, call=lambda model, _: model(*args, **kwargs)).apply(self._block)
+        return self._block.forward(*args, **kwargs)

@@ -94,9 +94,8 @@ def _on_device(device: torch.device, tensors: list[Tensor]) -> Tensor:
         dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
         return torch.stack(torch._foreach_norm(dense, 2, torch.float64)).square().sum()
     spans, held = [], []
-    for (
-        tensor
-    ) in tensors:  # one pass: with thousands of tensors fetching each object from memory is what costs
+    # One pass: with thousands of tensors fetching each object from memory is what costs.
+    for tensor in tensors:
         if not tensor.is_contiguous():
             tensor = _flat(tensor)  # noqa: PLW2901
             held.append(tensor)  # may be a copy: it must outlive the call below
