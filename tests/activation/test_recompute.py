@@ -232,3 +232,22 @@ def test_a_rest_that_takes_long_is_not_run_again_once_that_is_known() -> None:
     assert block.num_tails == 2  # the forward, and the recomputation that saw how long it takes
     model(x).sum().backward()
     assert block.num_tails == 3
+
+
+class OwnBackward(nn.Module):
+    """Takes a gradient in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).tanh()
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y + slope
+
+
+def test_a_backward_inside_a_block_is_refused_with_the_way_out() -> None:
+    model = activation.apply_actions(nn.Sequential(OwnBackward()), {"0": "recompute"})
+    with pytest.raises(RuntimeError, match="leave the block out with apply_actions"):
+        model(torch.randn(2, 16, requires_grad=True))

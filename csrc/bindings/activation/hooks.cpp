@@ -70,7 +70,9 @@ PyObject* unpack_slot(PyObject*, PyObject* self) {
 
 PyObject* refuse_unpack(PyObject*, PyObject*) {
   PyErr_SetString(PyExc_RuntimeError,
-                  "Activation checkpointing: a backward ran inside a block's own recomputation.");
+                  "Activation checkpointing: a checkpointed block ran a backward of its own. A block that is "
+                  "run again cannot: "
+                  "compute that gradient outside of the block, or leave the block out with apply_actions.");
   return nullptr;
 }
 
