@@ -17,7 +17,13 @@ BUDGET = "budget"
 
 
 def checkpoint(
-    model: nn.Module, policy: str = "full", *, budget: float | str | None = None, sample: Any = None
+    model: nn.Module,
+    policy: str = "full",
+    *,
+    budget: float | str | None = None,
+    sample: Any = None,
+    offload: bool = False,
+    lossy: str | None = None,
 ) -> nn.Module:
     """Makes the model's blocks recompute their activations in the backward, and returns the same model.
 
@@ -25,8 +31,15 @@ def checkpoint(
     stay bit-equal, with dropout, autocast, keyword arguments and any output structure. "full" runs every
     block's forward twice a step. "budget" runs again what it takes to stay within `budget` (`plan` says in
     which forms, and what it measures): on `sample`, or, without one, on what the first training forward is
-    given. Raises ConfigError for an unknown policy. Undo it with `uncheckpoint`.
+    given. Raises ConfigError for an unknown policy, and for `offload` and `lossy` packing, which this version
+    does not have. Undo it with `uncheckpoint`.
     """
+    if offload or lossy is not None:
+        raise ConfigError(
+            f"offload={offload!r}, lossy={lossy!r} was given to activation checkpointing.",
+            "This version neither moves activations out of the device's memory nor packs them.",
+            'Leave both out; policy="budget" keeps a smaller budget by running more again.',
+        )
     if policy != BUDGET:
         if budget is not None or sample is not None:
             raise ConfigError(

@@ -236,6 +236,8 @@ class CalledTwice(nn.Module):
         ),
         (lambda: activation.checkpoint(Stack(), policy="budget"), "without a budget"),
         (lambda: activation.checkpoint(Stack(), policy="full", budget=0.5), "would have no effect"),
+        (lambda: activation.checkpoint(Stack(), offload=True), "neither moves activations"),
+        (lambda: activation.checkpoint(Stack(), lossy="int8"), "nor packs them"),
         (lambda: activation.resolve(Stack(), "budget"), "mls.activation.plan"),
     ],
 )
