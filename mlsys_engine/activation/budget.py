@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from mlsys_engine.activation.segments import actions_of
 from mlsys_engine.activation.solver import curve, memory_range
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.plan import encode
+from mlsys_engine.trace import call_plainly
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _ATTEMPTS = 8
@@ -75,7 +76,7 @@ def plan(
     """
     budget_of = parse_budget(budget)
     _check_plain(model)
-    run: Call = partial(call or _call_plainly, model, sample)
+    run: Call = partial(call or call_plainly, model, sample)
     return on_rank_0(lambda: _plan(model, run, budget_of, repeats))
 
 
@@ -192,12 +193,6 @@ def _without_needless(actions: dict[str, str], measured: Profile) -> dict[str, s
 
 def _block_names(model: nn.Module) -> list[str]:
     return list(resolve(model, "full"))
-
-
-def _call_plainly(model: nn.Module, sample: Any) -> Any:
-    if isinstance(sample, Mapping):
-        return model(**sample)
-    return model(*sample) if isinstance(sample, list | tuple) else model(sample)
 
 
 def _lines(plan: ActivationPlan) -> list[str]:
