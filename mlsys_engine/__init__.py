@@ -15,6 +15,7 @@ from mlsys_engine import (
     memory,
     models,
     optim,
+    pipeline,
     telemetry,
     tracking,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "memory",
     "models",
     "optim",
+    "pipeline",
     "plan",
     "telemetry",
     "tracking",
