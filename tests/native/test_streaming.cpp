@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "check.h"
-#include "comm/reduce/streaming.h"
+#include "core/streaming.h"
 
 TEST(streaming_copies_are_copies_at_any_alignment_and_length) {
   constexpr size_t kRoom = 1024;
@@ -18,7 +18,7 @@ TEST(streaming_copies_are_copies_at_any_alignment_and_length) {
         std::fill(target.begin(), target.end(), uint8_t{0xEE});
         wanted = target;
         std::memcpy(wanted.data() + to, source.data() + from, length);
-        mlsys::comm::copy_streaming(target.data() + to, source.data() + from, length);
+        mlsys::copy_streaming(target.data() + to, source.data() + from, length);
         CHECK(target == wanted);
       }
     }

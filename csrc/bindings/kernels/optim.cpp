@@ -9,16 +9,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "bindings/kernels/checks.h"
+#include "bindings/kernels/torch_pool.h"
 #include "optim/adafactor.h"
 #include "optim/launch.h"
 #include "optim/step.h"
 
 namespace mlsys::bindings {
 namespace {
-
-void torch_pool(int64_t num_tasks, int64_t grain, ParallelBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, num_tasks, grain, body, context));
-}
 
 void check_table(const Tensor& table, const Tensor& hyper, const Tensor& steps) {
   check_flat(table, ScalarType::Long, "step", "table");

@@ -1,25 +1,15 @@
 // torch.ops.mlsys.* for the optimizers, CUDA. Compiled when torch has CUDA and nvcc exists (USE_CUDA).
 #ifdef USE_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "bindings/kernels/checks.h"
+#include "bindings/kernels/cuda_stream.h"
 #include "optim/launch.h"
-
-// Weak, so that a library built with CUDA still loads under a torch without it; the kernels are then never
-// called.
-#pragma weak aoti_torch_get_current_cuda_stream
 
 namespace mlsys::bindings {
 namespace {
-
-void* current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
 
 // Everything is on the device, `total_chunks` included in the host's call because the grid depends on it.
 template <void (*step)(const cuda::StepLaunch&)>

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "comm/algorithms/local.h"
-#include "comm/reduce/streaming.h"
+#include "core/streaming.h"
 
 namespace mlsys::comm {
 namespace {

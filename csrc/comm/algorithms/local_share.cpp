@@ -9,7 +9,7 @@
 
 #include "comm/algorithms/local.h"
 #include "comm/local/staging.h"
-#include "comm/reduce/streaming.h"
+#include "core/streaming.h"
 
 namespace mlsys::comm {
 namespace {

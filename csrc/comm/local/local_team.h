@@ -21,8 +21,8 @@
 #include "comm/fault/faults.h"
 #include "comm/local/control_block.h"
 #include "comm/local/store_choice.h"
-#include "comm/reduce/streaming.h"
 #include "comm/topology.h"
+#include "core/streaming.h"
 
 namespace mlsys::comm {
 

@@ -11,24 +11,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
+#include "core/cuda/check_launch.h"
 #include "optim/cuda/operands.cuh"
 #include "optim/launch.h"
 #include "optim/segment.h"
 
 namespace mlsys::cuda {
-
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(
-        std::string("The launch of ") + kernel + " failed: " + cudaGetErrorString(error) +
-        ". The kernels are compiled for the architectures in TORCH_CUDA_ARCH_LIST; rebuild for "
-        "this GPU, or look at the first CUDA error above.");
-  }
-}
 
 constexpr int kThreads = 256;
 constexpr int kMaxBlocks = 4096;

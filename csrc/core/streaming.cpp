@@ -1,4 +1,4 @@
-#include "comm/reduce/streaming.h"
+#include "core/streaming.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-namespace mlsys::comm {
+namespace mlsys {
 namespace {
 
 constexpr size_t kLine = 64;
@@ -63,4 +63,4 @@ Copy copy_by(bool streaming) { return streaming ? copy_streaming : copy_cached; 
 
 Copy copy_for_result(size_t result_bytes) { return copy_by(result_bytes >= kStreamedResult); }
 
-}  // namespace mlsys::comm
+}  // namespace mlsys

@@ -4,12 +4,12 @@
 // An ordinary store to a line that another core holds asks that core to give it up first, one line after the
 // other: on some machines (AMD EPYC, Zen 4) 27 ns each, a twentieth of what the reader needs. A streaming
 // store takes the line away from all caches and asks nobody. Which of the two pays is measured; see
-// LocalTeam::tune().
+// comm::LocalTeam::tune().
 #pragma once
 
 #include <cstddef>
 
-namespace mlsys::comm {
+namespace mlsys {
 
 // The ranges are the same (then nothing happens) or disjoint; any alignment will do.
 using Copy = void (*)(void* target, const void* source, size_t bytes);
@@ -25,4 +25,4 @@ Copy copy_by(bool streaming);
 // ordinary store would first read the line that it is about to overwrite, a third of the traffic.
 Copy copy_for_result(size_t result_bytes);
 
-}  // namespace mlsys::comm
+}  // namespace mlsys
