@@ -112,13 +112,25 @@ def test_the_backward_of_what_follows_loads_the_last_block(offloader):
     assert torch.equal(kept[2].read(), values(2))
 
 
-def test_the_file_holds_no_source_that_is_written(offloader):
+@pytest.mark.parametrize("max_writing_bytes", [0, 1 << 20])
+def test_the_file_holds_no_source_that_is_written(tmp_path, max_writing_bytes):
+    offloader = Offloader(OffloadOptions(directory=tmp_path, max_writing_bytes=max_writing_bytes))
     source = values(1)
     storage = weakref.ref(source.untyped_storage())
     kept = offloader.put("block", source)
     del source
+    if max_writing_bytes:
+        kept._write.wait()  # and nobody asks the lane for anything
     assert storage() is None
     assert kept.num_bytes_on_device == 0
+
+
+def test_system_calls_that_do_a_part_are_called_again(offloader, monkeypatch):
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, data, start: write(file, data[:1001], start))
+    monkeypatch.setattr(os, "preadv", lambda file, data, start: read(file, [data[0][:1001]], start))
+    source = torch.arange(float(NUMEL))
+    assert torch.equal(offloader.put("block", source).read(), source)
 
 
 def test_what_was_read_belongs_to_the_reader_alone(offloader):
