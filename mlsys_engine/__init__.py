@@ -17,6 +17,7 @@ from mlsys_engine import (
     optim,
     pipeline,
     telemetry,
+    trace,
     tracking,
 )
 from mlsys_engine.comm.launch import World, init
@@ -51,6 +52,7 @@ __all__ = [
     "pipeline",
     "plan",
     "telemetry",
+    "trace",
     "tracking",
     "wrap",
 ]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from mlsys_engine.errors import ConfigError, did_you_mean
+from mlsys_engine.trace.blocks import is_composite, repeated_modules
 
 KEEP = "keep"
 RECOMPUTE = "recompute"
@@ -14,7 +13,6 @@ RECOMPUTE_SEGMENTS = "recompute segments"
 SELECTIVE = "selective"
 FULL = "full"
 POLICIES = (FULL, SELECTIVE)
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def resolve(model: nn.Module, policy: str | None) -> dict[str, str]:
@@ -33,7 +31,7 @@ def resolve(model: nn.Module, policy: str | None) -> dict[str, str]:
     if policy not in POLICIES:
         raise _unknown_policy(policy)
     action = SELECTIVE if policy == SELECTIVE else RECOMPUTE
-    blocks = list(_members_of_containers("", model))
+    blocks = repeated_modules(model)
     if blocks:
         return dict.fromkeys(blocks, action)
     chains = [
@@ -43,30 +41,8 @@ def resolve(model: nn.Module, policy: str | None) -> dict[str, str]:
     ]
     if chains:
         return dict.fromkeys(chains, SELECTIVE if policy == SELECTIVE else RECOMPUTE_SEGMENTS)
-    composite = [name for name, child in model.named_children() if _is_composite(child)]
+    composite = [name for name, child in model.named_children() if is_composite(child)]
     return dict.fromkeys(composite or [""], action)
-
-
-def _members_of_containers(path: str, module: nn.Module) -> Iterator[str]:
-    prefix = f"{path}." if path else ""
-    children = list(module.named_children())
-    in_container = isinstance(module, _CONTAINERS)
-    for name, child in children:
-        inner = list(_members_of_containers(f"{prefix}{name}", child))
-        if in_container and _is_composite(child) and not _is_stage(child):
-            yield f"{prefix}{name}"
-        else:
-            yield from inner
-
-
-def _is_stage(module: nn.Module) -> bool:
-    """Whether it is a row of blocks rather than a block."""
-    return isinstance(module, _CONTAINERS) and all(_is_composite(child) for child in module.children())
-
-
-def _is_composite(module: nn.Module) -> bool:
-    """Whether recomputing the module as one block can pay: it has layers, and a forward to replace."""
-    return bool(list(module.children())) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _unknown_policy(policy: object) -> ConfigError:

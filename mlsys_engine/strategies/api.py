@@ -172,10 +172,13 @@ def _check_model(model: object) -> None:
 
 
 def _trace(model: nn.Module, sample: Any) -> Trace:
-    """The trace; a tuple is tried as all of the model's arguments, then as (input, what the loss needs)."""
-    found = trace(model, sample, call=partial(call_model, with_loss=False))
+    """The trace; a tuple is tried as all of the model's arguments, then as (input, what the loss needs).
+
+    No strategy reads what only gradients tell, and without them checkpointed blocks run plainly.
+    """
+    found = trace(model, sample, call=partial(call_model, with_loss=False), gradients=False)
     if sample is not None and found.order_source != EXECUTION:
-        again = trace(model, sample, call=partial(call_model, with_loss=True))
+        again = trace(model, sample, call=partial(call_model, with_loss=True), gradients=False)
         return again if again.order_source == EXECUTION else found
     return found
 

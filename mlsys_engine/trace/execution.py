@@ -1,24 +1,20 @@
-"""One forward pass on fake tensors: which modules run, in which order, with which output shapes.
-
-Nothing real is computed and nothing real changes. Parameters and buffers are swapped for fakes, so BatchNorm
-counts no batch; random operations on fakes draw nothing (and the generator is put back all the same); what a
-module stores on itself during the pass is put back afterwards.
-"""
+"""Runs a model once for its trace: on fakes, or on its own tensors where fakes do not tell enough."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from mlsys_engine.trace.values import Execution
+from mlsys_engine.trace.fakes import attributes_restored, buffers_restored, faked
+from mlsys_engine.trace.structure import map_tensors, tensors_of
+from mlsys_engine.trace.walk import Walk
 
 Call = Callable[[nn.Module, Any], Any]
+EXECUTION = "execution"
 
 
 def call_plainly(model: nn.Module, sample: Any) -> Any:
@@ -28,80 +24,75 @@ def call_plainly(model: nn.Module, sample: Any) -> Any:
     return model(*sample) if isinstance(sample, list | tuple) else model(sample)
 
 
-def execute(model: nn.Module, sample: Any, call: Call = call_plainly) -> tuple[Execution, ...]:
-    """Runs `call(model, sample)` on fakes and returns the modules in order of their first call.
+@dataclass(frozen=True, kw_only=True)
+class Executed:
+    """A walk that came to its end. `gradients` is EXECUTION, or "none: <why>"."""
+
+    walk: Walk
+    gradients: str
+    has_saved: bool
+    has_backward: bool
+
+
+def execute_on_fakes(
+    model: nn.Module, sample: Any, call: Call, blocks: list[str], gradients: bool
+) -> Executed:
+    """Runs `call(model, sample)` and its backward on fakes; without gradients where only that works.
 
     Raises whatever the model raises: data-dependent control flow cannot run without data.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    order: dict[str, tuple[tuple[int, ...], ...]] = {}
-    with _attributes_restored(model), torch.random.fork_rng(devices=[]), _recording(model, order):
-        fakes = {
-            name: _fake(mode, tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        }
-        fake_sample = tree_map(
-            lambda leaf: _fake(mode, leaf) if isinstance(leaf, torch.Tensor) else leaf, _plain(sample)
-        )
-        with mode, torch.no_grad(), _swapped(model, fakes):
-            call(model, fake_sample)
-    return tuple(Execution(fqn=fqn, output_shapes=shapes) for fqn, shapes in order.items())
+    why = "none: they were not asked for"
+    if gradients:
+        try:
+            with faked(model, sample) as fake_sample, torch.enable_grad():
+                # The gradients of fakes go where the fakes go.
+                return _forward_and_backward(model, fake_sample, call, blocks, torch.Tensor.backward)
+        except Exception as error:
+            why = f"none: the forward with gradients on fake tensors raised {type(error).__name__}"
+    with faked(model, sample) as fake_sample, torch.no_grad():
+        walk = Walk(model, blocks)
+        walk.forward(lambda: call(model, fake_sample), fake_sample)
+    return Executed(walk=walk, gradients=why, has_saved=False, has_backward=False)
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    return mode.from_tensor(tensor.detach(), static_shapes=True)
+def execute_on_data(model: nn.Module, sample: Any, call: Call, blocks: list[str]) -> Executed:
+    """The same on the model's own tensors: buffers, random states and attributes are put back afterwards."""
+    own = map_tensors(sample, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def backward(loss: torch.Tensor) -> None:
+        # Not loss.backward(): that would add to gradients and call whoever waits for them.
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    with attributes_restored(model), buffers_restored(model), torch.enable_grad():
+        return _forward_and_backward(model, own, call, blocks, backward)
 
 
-def _plain(sample: Any) -> Any:
-    # Mappings that pytrees do not know (transformers' BatchEncoding) become dictionaries.
-    return dict(sample) if isinstance(sample, Mapping) else sample
+def _forward_and_backward(
+    model: nn.Module,
+    sample: Any,
+    call: Call,
+    blocks: list[str],
+    backward: Callable[[torch.Tensor], object],
+) -> Executed:
+    walk = Walk(model, blocks)
+    output = walk.forward(lambda: call(model, sample), sample)
+    loss = _scalar(output)
+    why = EXECUTION
+    if loss is None:
+        why = "none: nothing that the model returns needs a gradient"
+    else:
+        try:
+            walk.backward(lambda: backward(loss))
+        except Exception as error:  # of an operation without a backward, or of one that fakes do not know
+            why = f"none: the backward raised {type(error).__name__}"
+    return Executed(walk=walk, gradients=why, has_saved=True, has_backward=why == EXECUTION)
 
 
-@contextmanager
-def _swapped(model: nn.Module, fakes: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Puts fakes in place of parameters and buffers; `_attributes_restored` puts the real ones back."""
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    for module in model.modules():
-        # Copies: the dictionaries themselves are what is restored afterwards.
-        parameters = {key: _swap(value, names, fakes) for key, value in module._parameters.items()}
-        buffers = {key: _swap(value, names, fakes) for key, value in module._buffers.items()}
-        module.__dict__["_parameters"], module.__dict__["_buffers"] = parameters, buffers
-    yield
-
-
-def _swap(
-    value: torch.Tensor | None, names: Mapping[int, str], fakes: Mapping[str, torch.Tensor]
-) -> torch.Tensor | None:
-    return None if value is None else fakes[names[id(value)]]
-
-
-@contextmanager
-def _recording(model: nn.Module, order: dict[str, tuple[tuple[int, ...], ...]]) -> Iterator[None]:
-    handles = []
-    for fqn, module in model.named_modules():
-
-        def enter(module: nn.Module, args: Any, fqn: str = fqn) -> None:
-            order.setdefault(fqn, ())
-
-        def leave(module: nn.Module, args: Any, output: Any, fqn: str = fqn) -> None:
-            if not order[fqn]:
-                leaves = tree_leaves(output)
-                order[fqn] = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Puts every module's attributes back to the objects they were (the objects are not copied)."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+def _scalar(output: Any) -> torch.Tensor | None:
+    """Something to start the backward from: the output's own loss, or the sum of what needs a gradient."""
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        return loss.sum()
+    parts = [tensor.float().sum() for tensor in tensors_of(output) if tensor.requires_grad]
+    return torch.stack(parts).sum() if parts else None

@@ -51,7 +51,7 @@ def test_every_parameter_is_in_one_bucket_within_its_limit(numels, bucket_mib, f
     )
     names = tuple(parameter.fqn for parameter in parameters)
     root = ModuleInfo(fqn="", class_name="Model", is_leaf=True, parameters=names)
-    found = Trace(parameters=parameters, buffers=(), modules=(root,), executions=(), order_source="none")
+    found = Trace(parameters=parameters, buffers=(), modules=(root,), order_source="none")
     buckets = layout_buckets(found, bucket_mib, first_mib)
     assert [slot.name for bucket in buckets for slot in bucket.slots] == [
         parameter.fqn for parameter in reversed(parameters)
