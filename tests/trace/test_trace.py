@@ -257,3 +257,11 @@ def test_a_transformers_model_is_traced_in_execution_order():
     assert found.ties == {"lm_head.weight": "transformer.wte.weight"}
     assert found.parameters_in_order()[0].fqn == "transformer.wte.weight"
     assert next(run for run in found.calls if run.fqn == "lm_head").output_shapes == ((2, 8, 32),)
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda model: model.compile() or model])
+def test_a_compiled_model_is_traced_as_the_plain_one(compiled):
+    sample = torch.zeros(5, 4)
+    plain, found = trace(Backwards(), sample), trace(compiled(Backwards()), sample)
+    assert (found.order_source, found.gradients_source) == (EXECUTION, EXECUTION)
+    assert (found.saved_bytes, found.forward_flops) == (plain.saved_bytes, plain.forward_flops)
