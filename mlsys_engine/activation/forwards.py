@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from mlsys_engine.activation.compiling import uncompiled
 from mlsys_engine.activation.recompute import (
     BufferCopies,
     Place,
@@ -17,11 +18,11 @@ from mlsys_engine.activation.recompute import (
     changed_buffers,
     check_empty,
     is_cache,
+    part_of,
     run_recomputed,
 )
 from mlsys_engine.activation.segments import BlockChain
 from mlsys_engine.activation.selective import Selection, SelectiveRegion, run_selective
-from mlsys_engine.native import load_activation
 
 
 class ReplacedForward:
@@ -32,6 +33,7 @@ class ReplacedForward:
         # Set on the instance, if any.
         self._own_forward: Callable[..., Any] | None = block.__dict__.get("forward")
 
+    @uncompiled
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         if self._own_forward is not None:
             return self._own_forward(*args, **kwargs)
@@ -51,23 +53,26 @@ class RecomputedForward(ReplacedForward):
         super().__init__(block, name)
         # Part of the block -> the buffers that it was seen to write.
         self._written: dict[str, tuple[str, ...]] = {}
-        self._rests: dict[str, Any] = {}  # part of the block -> the native Rest that its calls share
+        self._parts: dict[str, Any] = {}  # part of the block -> the native Part that its calls share
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
-        region = self._region(self._name, self._plain)
+        region = self._region(self._name, self._plain, {"": self._block})
         return self._recomputed(region, args, kwargs, self._block_buffers())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rests": {}}
+        return {**self.__dict__, "_parts": {}}
 
-    def _region(self, part: str, fn: Callable[..., Any]) -> Region:
-        rest = self._rests.get(part)
-        if rest is None:
-            rest = self._rests[part] = load_activation().Rest()
-        return Region(part, fn, rest=rest)
+    @uncompiled
+    def _region(self, name: str, fn: Callable[..., Any], modules: Mapping[str, nn.Module]) -> Region:
+        part = self._parts.get(name)
+        if part is None:
+            part = self._parts[name] = part_of(modules)
+        return Region(name, fn, part=part)
 
+    @uncompiled
     def _block_buffers(self) -> tuple[str, ...]:
         """The buffers that a call may write: all of a training block's, until one call has been watched."""
         if not self._block.training:
@@ -79,6 +84,7 @@ class RecomputedForward(ReplacedForward):
                 self._written[self._name] = ()
         return written
 
+    @uncompiled
     def _recomputed(
         self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: tuple[str, ...]
     ) -> Any:
@@ -101,8 +107,9 @@ class ChainedForward(RecomputedForward):
         super().__init__(block, name)
         self._chain, self._position = chain, position
 
-    def _region(self, part: str, fn: Callable[..., Any]) -> Region:
-        region = super()._region(part, fn)
+    @uncompiled
+    def _region(self, name: str, fn: Callable[..., Any], modules: Mapping[str, nn.Module]) -> Region:
+        region = super()._region(name, fn, modules)
         region.place = Place(self._chain.native(), self._position)
         return region
 
@@ -143,6 +150,7 @@ class SegmentedForward(RecomputedForward):
     Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
 
+    @uncompiled
     def __call__(self, input: Any) -> Any:  # the parameter's name is nn.Sequential's
         if not torch.is_grad_enabled():
             return self._plain(input)
@@ -159,7 +167,7 @@ class SegmentedForward(RecomputedForward):
             )
             part = f"{self._name}[{start}:{start + size}]"
             run = partial(_run_layers, [layer for _, layer in segment])
-            input = self._recomputed(self._region(part, run), (input,), {}, names)
+            input = self._recomputed(self._region(part, run, dict(segment)), (input,), {}, names)
         return _run_layers([layer for _, layer in layers[last:]], input)
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from mlsys_engine.activation.checksum import checksum
+from mlsys_engine.activation.compiling import uncompiled
 from mlsys_engine.errors import ConfigError, MlsysError
 from mlsys_engine.memory import current_observer
 from mlsys_engine.native import load_activation
@@ -29,13 +31,17 @@ class RecomputeMismatchError(MlsysError, RuntimeError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"Activation checkpointing: {what}. A checkpointed block must do the same in both runs: nothing "
-            f"in it may depend on counters, time or random sources other than torch's. Make its forward "
-            f"depend on its inputs alone, or leave this block out with apply_actions."
+            f"in it may depend on counters, time or random sources other than torch's, and none of its "
+            f"kernels may give other bits each time (torch.use_deterministic_algorithms(True) avoids those). "
+            f"Make its forward depend on its inputs alone, or leave this block out with apply_actions."
         )
 
 
-class _StopRecompute(Exception):
-    """Ends a recomputation once the last tensor that the backward needs is there."""
+class _StopRecompute(BaseException):
+    """Ends a recomputation once the last tensor that the backward needs is there.
+
+    No Exception, which a block may catch to try something else.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +85,38 @@ class Region:
     name: str
     fn: Callable[..., Any]
     place: Place = _NO_PLACE
-    rest: Any = None  # the native Rest that all calls of this part share
+    part: Any = None  # the native Part that all calls share; by default one of their own
 
 
+@uncompiled
 def run_recomputed(
     region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: BufferCopies | None = None
 ) -> Any:
     """Runs the region and keeps its inputs alone for the backward, which runs it again."""
     native, place = load_activation(), region.place
-    rest = native.Rest() if region.rest is None else region.rest
-    what = (_hooks(), region.name, region.fn, rest, place.chain, place.position)
+    part = native.Part([]) if region.part is None else region.part
+    what = (_hooks(), region.name, region.fn, part, place.chain, place.position)
     return native.run(*what, args, kwargs, buffers, current_observer())
+
+
+@uncompiled
+def part_of(modules: Mapping[str, nn.Module]) -> Any:
+    """What all calls of a part of a model share (native), for the part that consists of these modules.
+
+    Parameters of modules that FSDP shards on their own are left to it: it changes them while the part runs.
+    """
+    places: list[tuple[dict[str, Any], str, str, bool]] = []
+    for prefix, module in modules.items():
+        managed: list[str] = []
+        for path, child in module.named_modules(prefix=prefix):
+            if child is not module and any("FSDPModule" in kind.__name__ for kind in type(child).__mro__):
+                managed.append(f"{path}.")
+            if f"{path}.".startswith(tuple(managed)):
+                continue
+            start = f"{path}." if path else ""
+            places += [(child._parameters, leaf, start + leaf, True) for leaf in child._parameters]
+            places += [(child._buffers, leaf, start + leaf, False) for leaf in child._buffers]
+    return load_activation().Part(places)
 
 
 def changed_buffers(module: nn.Module, before: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
@@ -106,12 +133,27 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
+@uncompiled
 def _hooks() -> Any:
     return load_activation().Hooks(
-        open=_open, stop_recompute=_StopRecompute, mismatch_error=RecomputeMismatchError
+        open=_open,
+        stop_recompute=_StopRecompute,
+        mismatch_error=RecomputeMismatchError,
+        transform_error=transform_error,
+        checksum=checksum,
     )
 
 
+def transform_error(name: str) -> ConfigError:
+    """What is raised when a block of this name is called inside torch.func.grad, vmap or the like."""
+    return ConfigError(
+        f"The checkpointed block {name!r} was called inside a transformation of torch.func.",
+        "A block whose activations are computed again needs torch.autograd's backward.",
+        "Call mls.activation.uncheckpoint(model) before torch.func, or use torch.autograd.",
+    )
+
+
+@uncompiled
 def _open(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """The parts of an argument that may hold tensors, and how to put it together; None for a plain value.
 

@@ -30,7 +30,8 @@ from mlsys_engine.activation.cheap_operations import (
     layer_norm,
     rebuild,
 )
-from mlsys_engine.activation.recompute import RecomputeMismatchError
+from mlsys_engine.activation.checksum import checksum
+from mlsys_engine.activation.recompute import RecomputeMismatchError, transform_error
 from mlsys_engine.memory import SavedActivationMeter, current_observer
 
 _LEAST_BYTES = 4096  # below, a slot costs more than it spares
@@ -110,7 +111,7 @@ class _Recipe:
         self._token: object = None
         self._round = self._unread = self.num_slots = 0
         layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
-        self._checksum = (layout, _checksum(tensor)) if block.checks else None
+        self._checksum = (layout, checksum(tensor)) if block.checks else None
 
     def read(self, slot: _Slot) -> Tensor:
         value = self._value
@@ -149,7 +150,8 @@ class _Recipe:
             raise self._mismatch(f"{value.untyped_storage().nbytes()} bytes instead of {self._num_bytes}")
         if self._checksum is not None:
             layout, expected = self._checksum
-            if not torch.equal(_checksum(value.as_strided(*layout)), expected):
+            found = checksum(value.as_strided(*layout))
+            if expected is not None and found is not None and not torch.equal(found, expected):
                 raise self._mismatch("other values")
             self._checksum = None
         self._value, self._unread = value, self.num_slots
@@ -282,16 +284,11 @@ class SelectiveRegion:
 
 def run_selective(region: SelectiveRegion, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs the region without keeping what its cheap operations give. Called while gradients are on."""
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        raise transform_error(region.name)
     outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
     block = None if outer is None else getattr(outer[0], "__self__", None)
     if isinstance(block, _Block) and block.selection is region.selection:
         return region.fn(*args, **kwargs)  # a block in a selective block: its hooks see everything
     with _Block(region, outer).hooks():
         return region.fn(*args, **kwargs)
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """The sum of the bits, read as whole numbers."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().view(whole.get(tensor.element_size(), torch.uint8))
-    return bits.sum(dtype=torch.int64)

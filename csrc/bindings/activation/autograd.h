@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace mlsys::activation {
@@ -21,6 +22,18 @@ std::string name_of(at::ScalarType dtype);
 
 // The backward pass under way in this thread, -1 outside of one.
 int64_t current_graph_task();
+
+// How often the tensor was changed in place; 0 for those that do not count.
+uint32_t version_of(const at::Tensor& tensor);
+
+// The operation that gave the tensor, by its autograd node, looking through views: "div"; empty without a
+// node.
+std::string giver_of(const at::Tensor& tensor);
+// The sequence number that this thread's next autograd node will get.
+uint64_t next_node_number();
+// The operations behind these tensors whose nodes have this number or a higher one, by number.
+std::unordered_map<uint64_t, std::string> operations_since(const std::vector<at::Tensor>& results,
+                                                           uint64_t first_number);
 
 // Tensors kept as autograd keeps what a node saves: saved-tensor hooks see them, and reading one that was
 // changed in place raises.

@@ -3,7 +3,6 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <sstream>
 
 #include "bindings/activation/frame_chain.h"
 #include "bindings/activation/hooks.h"
@@ -39,27 +38,25 @@ py::object called(const py::object& fn, const py::tuple& positional, const py::d
   return py::reinterpret_steal<py::object>(result);  // null when it raised
 }
 
+[[noreturn]] void throw_error(const py::object& error) {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  throw py::error_already_set();
+}
+
 }  // namespace
-
-Signature Signature::of(const at::Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {{sizes.begin(), sizes.end()}, tensor.scalar_type(), tensor.device()};
-}
-
-std::string Signature::text() const {
-  py::tuple shape(sizes.size());
-  for (size_t i = 0; i < sizes.size(); ++i) shape[i] = sizes[i];
-  std::ostringstream text;
-  text << name_of(dtype) << py::str(shape).cast<std::string>() << " on " << device;
-  return text.str();
-}
 
 Frame::Frame(Region region, Arguments arguments, py::object buffers, py::object observe)
     : region_(std::move(region)),
       arguments_(std::move(arguments)),
       context_(arguments_.tensors()),
+      module_tensors_(region_.part->places),
+      compiler_(compiler_now()),
       buffers_(std::move(buffers)),
-      observe_(std::move(observe)) {}
+      observe_(std::move(observe)) {
+  if (region_.part->num_comparisons_left == 0) return;
+  --region_.part->num_comparisons_left;
+  comparison_ = std::make_unique<Comparison>(region_.hooks->checksum);
+}
 
 void Frame::join(std::shared_ptr<const FrameChain> chain, size_t position) {
   chain_ = std::move(chain);
@@ -70,9 +67,12 @@ void Frame::keep_inputs(const std::shared_ptr<Frame>& before, const std::vector<
   before_ = before;
   linked_ = linked;
   const std::vector<at::Tensor>& tensors = arguments_.tensors();
+  const SavingInputs saving(region_.name);
   for (size_t i = 0; i < tensors.size(); ++i) {
     needs_grad_.push_back(tensors[i].requires_grad());
-    if (before_ && linked_[i] >= 0) {
+    const bool is_linked = before_ && linked_[i] >= 0;
+    if (comparison_) comparison_->add_input(is_linked ? &tensors[i] : nullptr);
+    if (is_linked) {
       inputs_.add_nothing();
     } else {
       inputs_.add(tensors[i]);
@@ -84,11 +84,14 @@ void Frame::keep_inputs(const std::shared_ptr<Frame>& before, const std::vector<
 py::object Frame::run_first(const py::tuple& positional, const py::dict& keywords) {
   py::object result;
   {
+    const CompilerSet compiler(compiler_);
     const SavedTensorHooks hooks(shared_from_this(), HookKind::kPack);
     result = called(region_.fn, positional, keywords);
   }
   if (!result) throw py::error_already_set();
   context_.forget_unused();
+  module_tensors_.remember_versions();
+  if (comparison_) comparison_->name_savers(tensors_in(result));
   return result;
 }
 
@@ -96,34 +99,55 @@ PyObject* Frame::pack(const at::Tensor& tensor) {
   PyObject* slot = make_slot(shared_from_this(), slots_.size());
   slots_.push_back(reinterpret_cast<SlotObject*>(slot));
   signatures_.push_back(Signature::of(tensor));
+  if (comparison_) comparison_->add(tensor);
   return slot;
 }
 
-void Frame::store(const at::Tensor& tensor) {
-  const size_t index = next_slot_++;
-  if (index >= slots_.size()) {
-    raise("saves more tensors for the backward when it is run again than the " +
-          std::to_string(slots_.size()) + " of the forward");
+void Frame::store(const at::Tensor& tensor, bool keeps) {
+  if (!is_stopped_) {
+    const size_t index = next_slot_++;
+    check_same(index, tensor);
+    if (!keeps) return;
+    if (SlotObject* slot = slots_[index]) slot->stored.emplace_back(task_, held(tensor));
+    if (next_slot_ < slots_.size()) return;
+    last_saved_ = std::chrono::steady_clock::now();
+    if (!stops_early_) return;
+    is_stopped_ = true;  // and stays so where the block catches what it should not
   }
+  PyErr_SetNone(region_.hooks->stop_recompute.ptr());
+  throw py::error_already_set();
+}
+
+void Frame::check_same(size_t index, const at::Tensor& tensor) {
+  if (index >= slots_.size()) {
+    const std::string giver = giver_of(tensor);
+    raise("saves more tensors for the backward when it is run again than the " +
+          std::to_string(slots_.size()) + " of the forward" +
+          (giver.empty() ? "" : "; the first of them is " + given_by(giver)));
+  }
+  const std::string which = "saved tensor " + std::to_string(index);
   const Signature now = Signature::of(tensor);
   if (now != signatures_[index]) {
-    raise("saved tensor " + std::to_string(index) + " as " + signatures_[index].text() +
-          " in the forward, but as " + now.text() + " when it was run again");
+    raise(which + origin(index, tensor) + " as " + signatures_[index].text() + " in the forward, but as " +
+          now.text() + " when it was run again");
   }
-  if (SlotObject* slot = slots_[index]) slot->stored.emplace_back(task_, held(tensor));
-  if (next_slot_ < slots_.size()) return;
-  last_saved_ = std::chrono::steady_clock::now();
-  if (stops_early_) {
-    PyErr_SetNone(region_.hooks->stop_recompute.ptr());
-    throw py::error_already_set();
+  if (!comparison_) return;
+  if (!comparison_->equals(index, tensor)) {
+    raise(which + origin(index, tensor) + " with other values when it was run again (" + now.text() + ")");
   }
+  if (comparison_->is_done()) region_.part->num_comparisons_left = 0;
+}
+
+std::string Frame::origin(size_t index, const at::Tensor& tensor) const {
+  const std::string known = comparison_ ? comparison_->origin(index) : given_by(giver_of(tensor));
+  return known.empty() ? "" : " (" + known + ")";
 }
 
 Stored Frame::held(const at::Tensor& tensor) const {
   // The meter is shown the original: a detached parameter looks like an activation.
   py::object token = py::none();
   if (!observe_.is_none()) token = observe_(py::reinterpret_steal<py::object>(object_of(tensor)));
-  return {tensor.detach(), std::move(token)};
+  return {tensor.detach(), std::move(token), version_of(tensor)};
 }
 
 at::Tensor Frame::unpack(SlotObject& slot) {
@@ -136,12 +160,14 @@ at::Tensor Frame::unpack(SlotObject& slot) {
     if (found == slot.stored.end()) {
       raise("saved " + std::to_string(slots_.size()) +
             " tensors for the backward in the forward, but fewer than " + std::to_string(slot.index + 1) +
-            " when it was run again");
+            " when it was run again" +
+            (comparison_ ? "; the first that is missing is " + comparison_->origin(slot.index) : ""));
     }
   }
-  at::Tensor tensor = std::move(found->second.tensor);
+  const Stored stored = std::move(found->second);
   slot.stored.erase(found);
-  return tensor;
+  if (stored.was_changed()) raise_changed("a tensor that the backward needs", stored.tensor);
+  return stored.tensor;
 }
 
 void Frame::recompute(int64_t task) {
@@ -164,17 +190,24 @@ void Frame::recompute(int64_t task) {
 }
 
 void Frame::run_again(Keep keep, int64_t task, Frame* follower) {
+  if (const std::string name = module_tensors_.changed(); !name.empty()) {
+    raise("has a parameter '" + name + "' that was changed in place between the forward and the backward");
+  }
+  if (region_.part->num_comparisons_left == 0) comparison_.reset();
   const std::vector<at::Tensor> values = inputs();
+  if (keep == Keep::kSaved) drop_leftovers(task, task_);
   if (keep != Keep::kInputs) carried_.clear();
   // A double backward may enter a frame that is being recomputed for another graph task: the outer run's
   // place is put back afterwards.
   const int64_t outer_task = std::exchange(task_, task);
   const size_t outer_slot = std::exchange(next_slot_, 0);
-  const bool outer_stop = std::exchange(stops_early_, follower == nullptr && region_.rest->worth_stopping());
+  const bool outer_stop = std::exchange(stops_early_, follower == nullptr && region_.part->worth_stopping());
+  const bool outer_stopped = std::exchange(is_stopped_, false);
   const auto put_back = [&] {
     task_ = outer_task;
     next_slot_ = outer_slot;
     stops_early_ = outer_stop;
+    is_stopped_ = outer_stopped;
   };
   try {
     call_again(values, keep, follower);
@@ -192,14 +225,18 @@ void Frame::call_again(const std::vector<at::Tensor>& inputs, Keep keep, Frame* 
   {
     const RunContext::Restored context(context_);
     const at::AutoGradMode with_grad(true);
+    const TransformsSuspended transforms;
+    const CompilerSet compiler(compiler_);
+    const ModuleTensors::Restored module_tensors(module_tensors_);
     const BuffersReplaced buffers(buffers_);
     const SavedTensorHooks hooks(shared_from_this(),
                                  keep == Keep::kSaved ? HookKind::kStore : HookKind::kDrop);
     result = called(region_.fn, positional, keywords);
   }
-  if (result && keep == Keep::kSaved && !region_.rest->seen && next_slot_ == slots_.size()) {
+  if (result && keep == Keep::kSaved && !region_.part->rest_is_known && next_slot_ == slots_.size()) {
     const std::chrono::duration<double> rest = std::chrono::steady_clock::now() - last_saved_;
-    *region_.rest = {true, rest.count()};
+    region_.part->rest_is_known = true;
+    region_.part->rest_s = rest.count();
   }
   if (!result) {
     if (!PyErr_ExceptionMatches(region_.hooks->stop_recompute.ptr())) throw py::error_already_set();
@@ -209,11 +246,23 @@ void Frame::call_again(const std::vector<at::Tensor>& inputs, Keep keep, Frame* 
   }
 }
 
+// Of backwards that did not read them, as one that ended in an error or needed a part of the graph alone. A
+// backward that is still under way, around this one, would run the block again.
+void Frame::drop_leftovers(int64_t task, int64_t outer_task) {
+  for (SlotObject* slot : slots_) {
+    if (slot == nullptr || slot->stored.empty()) continue;
+    std::erase_if(slot->stored, [&](const std::pair<int64_t, Stored>& stored) {
+      return stored.first != task && stored.first != outer_task;
+    });
+  }
+}
+
 std::vector<at::Tensor> Frame::inputs() {
   std::vector<at::Tensor> values;
   values.reserve(inputs_.size());
   for (size_t i = 0; i < inputs_.size(); ++i) {
     const bool is_carried = before_ && linked_[i] >= 0;
+    if (is_carried && carried_[i].was_changed()) raise_changed("an input", carried_[i].tensor);
     const at::Tensor value = is_carried ? carried_[i].tensor : inputs_.read(i);
     values.push_back(value.detach().set_requires_grad(needs_grad_[i]));
   }
@@ -228,6 +277,11 @@ void Frame::carry(const py::object& result, Frame& follower) const {
     const int64_t output = follower.linked_[i];
     if (output < 0) continue;
     if (output >= static_cast<int64_t>(outputs.size())) raise("returned fewer tensors when it was run again");
+    const bool compares = follower.compares() && follower.region_.part->num_comparisons_left > 0;
+    if (compares && !follower.comparison_->equals_input(i, outputs[output])) {
+      const std::string giver = giver_of(outputs[output]);
+      raise("returned other values when it was run again" + (giver.empty() ? "" : ", " + given_by(giver)));
+    }
     follower.carried_[i] = held(outputs[output]);
   }
 }
@@ -236,15 +290,18 @@ std::vector<at::Tensor> Frame::tensors_in(const py::object& result) const {
   return Arguments(py::make_tuple(result), py::dict(), region_.hooks->open).tensors();
 }
 
+void Frame::raise_changed(const std::string& what, const at::Tensor& tensor) const {
+  raise("changed " + what + " in place (" + Signature::of(tensor).text() + ")");
+}
+
 void Frame::raise(const std::string& what) const {
-  const py::object error = region_.hooks->mismatch_error("block '" + region_.name + "' " + what);
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-  throw py::error_already_set();
+  throw_error(region_.hooks->mismatch_error("block '" + region_.name + "' " + what));
 }
 
 py::object run(Region region, const std::shared_ptr<FrameChain>& chain, size_t position,
                const py::tuple& positional, const py::dict& keywords, py::object buffers,
                py::object observe) {
+  if (is_transformed()) throw_error(region.hooks->transform_error(region.name));
   Arguments arguments(positional, keywords, region.hooks->open);
   const std::vector<at::Tensor> inputs = arguments.tensors();
   const bool opened = arguments.opened();

@@ -5,6 +5,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -30,29 +31,40 @@ std::shared_ptr<FrameChain> make_chain(
   return std::make_shared<FrameChain>(std::move(linked), std::move(steps));
 }
 
+// Places are (dictionary, key, name, whether it is a parameter's).
+std::shared_ptr<Part> make_part(const std::vector<std::tuple<py::dict, py::str, std::string, bool>>& places) {
+  auto part = std::make_shared<Part>();
+  for (const auto& [owner, leaf, name, is_parameter] : places)
+    part->places.push_back({owner, leaf, name, is_parameter});
+  return part;
+}
+
 }  // namespace
 
 void bind_frame(py::module_& module) {
   prepare_hook_types();
   py::class_<Hooks, std::shared_ptr<Hooks>>(module, "Hooks")
-      .def(py::init([](py::object open, py::object stop_recompute, py::object mismatch_error) {
-             return std::make_shared<Hooks>(
-                 Hooks{std::move(open), std::move(stop_recompute), std::move(mismatch_error)});
+      .def(py::init([](py::object open, py::object stop_recompute, py::object mismatch_error,
+                       py::object transform_error, py::object checksum) {
+             return std::make_shared<Hooks>(Hooks{std::move(open), std::move(stop_recompute),
+                                                  std::move(mismatch_error), std::move(transform_error),
+                                                  std::move(checksum)});
            }),
-           py::arg("open"), py::arg("stop_recompute"), py::arg("mismatch_error"));
-  py::class_<Rest, std::shared_ptr<Rest>>(module, "Rest").def(py::init<>());
+           py::arg("open"), py::arg("stop_recompute"), py::arg("mismatch_error"), py::arg("transform_error"),
+           py::arg("checksum"));
+  py::class_<Part, std::shared_ptr<Part>>(module, "Part").def(py::init(&make_part), py::arg("places"));
   py::class_<FrameChain, std::shared_ptr<FrameChain>>(module, "FrameChain")
       .def(py::init(&make_chain), py::arg("linked"), py::arg("before"));
   module.def(
       "run",
-      [](std::shared_ptr<Hooks> hooks, std::string name, py::object fn, std::shared_ptr<Rest> rest,
+      [](std::shared_ptr<Hooks> hooks, std::string name, py::object fn, std::shared_ptr<Part> part,
          const std::shared_ptr<FrameChain>& chain, size_t position, const py::tuple& positional,
          const py::dict& keywords, py::object buffers, py::object observe) {
-        Region region{std::move(name), std::move(fn), std::move(rest), std::move(hooks)};
+        Region region{std::move(name), std::move(fn), std::move(part), std::move(hooks)};
         return run(std::move(region), chain, position, positional, keywords, std::move(buffers),
                    std::move(observe));
       },
-      py::arg("hooks"), py::arg("name"), py::arg("fn"), py::arg("rest"), py::arg("chain").none(true),
+      py::arg("hooks"), py::arg("name"), py::arg("fn"), py::arg("part"), py::arg("chain").none(true),
       py::arg("position"), py::arg("positional"), py::arg("keywords"), py::arg("buffers"),
       py::arg("observe"));
 }

@@ -1,6 +1,7 @@
 #include "bindings/activation/hooks.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
 
 #include <new>
@@ -27,6 +28,8 @@ PyObject* guarded(const Body& body) {
     return body();
   } catch (py::error_already_set& error) {
     error.restore();
+  } catch (python_error& error) {  // of a hook that torch called for us, such as an enclosing frame's
+    error.restore();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -52,10 +55,10 @@ PyObject* call_hook(PyObject* self, PyObject* arguments, PyObject*) {
   auto& hook = *reinterpret_cast<HookObject*>(self);
   return guarded([&]() -> PyObject* {
     PyObject* argument = PyTuple_GET_ITEM(arguments, 0);
-    if (hook.kind == HookKind::kDrop) Py_RETURN_NONE;
     const at::Tensor& tensor = tensor_of(argument);
     if (hook.kind == HookKind::kPack) return hook.frame->pack(tensor);
-    hook.frame->store(tensor);
+    const bool keeps = hook.kind == HookKind::kStore;
+    if (keeps || hook.frame->compares()) hook.frame->store(tensor, keeps);
     Py_RETURN_NONE;
   });
 }
