@@ -47,7 +47,7 @@ def test_the_searched_schedule_is_never_slower_than_the_best_named_one() -> None
             numbers.choice((4, 6)),
         )
         costs = uneven(numbers, ranks * per_rank)
-        found = search(costs, microbatches=microbatches, ranks=ranks, moves=30)
+        found = search(costs, microbatches=microbatches, ranks=ranks, tries=2, moves=20)
         assert (found.num_microbatches, found.num_ranks) == (microbatches, ranks)
         best = min(simulate(schedule, costs).makespan_s for schedule in named(costs, microbatches, ranks))
         assert simulate(found, costs).makespan_s <= best
@@ -59,9 +59,9 @@ def test_no_rank_holds_more_than_the_limit() -> None:
     numbers = random.Random(1)
     for _ in range(4):
         costs = uneven(numbers, 4)
-        free = search(costs, microbatches=6, moves=30)
+        free = search(costs, microbatches=6, tries=2, moves=20)
         limit = 0.6 * max(simulate(free, costs).peak_bytes)
-        found = search(costs, microbatches=6, memory_limit_bytes=limit, moves=30)
+        found = search(costs, microbatches=6, memory_limit_bytes=limit, tries=2, moves=20)
         assert max(simulate(found, costs).peak_bytes) <= limit
         assert simulate(found, costs).makespan_s >= simulate(free, costs).makespan_s
 
@@ -76,8 +76,8 @@ def test_a_limit_that_nothing_keeps_names_the_smallest_peak() -> None:
 
 def test_equal_arguments_give_an_equal_schedule_that_sums_gradients_in_order() -> None:
     costs = uneven(random.Random(2), 6)
-    found = search(costs, microbatches=5, ranks=3)
-    assert found == search(costs, microbatches=5, ranks=3)
+    found = search(costs, microbatches=5, ranks=3, tries=5, moves=50)
+    assert found == search(costs, microbatches=5, ranks=3, tries=5, moves=50)
     for stage, rank in enumerate(found.placement):
         for kinds in (("F",), ("I", "B"), ("W", "B")):
             order = [a.microbatch for a in found.ranks[rank] if a.stage == stage and a.kind in kinds]
