@@ -90,7 +90,7 @@ struct Fp8 {
   static MLSYS_HD uint32_t encode(float relative, uint32_t word, int part) {
     const float magnitude = float_from_bits(magnitude_of(relative));
     const bool below = magnitude < 0x1p-6f;
-    const float aligned = below ? magnitude + 0x1p-6f : magnitude;
+    const float aligned = magnitude + (below ? 0x1p-6f : 0.0f);
     const uint32_t code =
         ((bits_of(aligned) + random_part<12>(word, part)) >> 20) - (below ? kBase + 8u : kBase);
     return code | (bits_of(relative) >> 24 & 0x80u);
@@ -100,7 +100,7 @@ struct Fp8 {
     const uint32_t magnitude = code & 0x7fu;
     const bool below = magnitude < 8u;
     const float raised = float_from_bits((magnitude + (below ? kBase + 8u : kBase)) << 20);
-    const float relative = below ? raised - 0x1p-6f : raised;
+    const float relative = raised - (below ? 0x1p-6f : 0.0f);
     return float_from_bits(bits_of(relative) | (code & 0x80u) << 24);
   }
 
