@@ -3,8 +3,8 @@
     python benchmarks/activation_packing.py [--json FILE] [--threads 1 2] [--mib 64] [--rounds 9]
 
 Every system writes into memory that exists. What a pack reads and writes together is its bytes; the copy
-beside it reads half as many and writes them, by torch's copy_. Each round times copy, pack and unpack once, in
-turn; the median over rounds of a form's bytes a second, and of its speed in times of the copy's, is reported.
+beside it reads half as many and writes them, by torch's copy_. Each round times copy, pack and unpack once,
+in turn; medians over the rounds of bytes a second, and of the speed in times of the copy's, are reported.
 """
 
 from __future__ import annotations
