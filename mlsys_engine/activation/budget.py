@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,9 @@ from mlsys_engine.activation.chain import Chain, Schedule
 from mlsys_engine.activation.checkpointing import apply_actions, uncheckpoint
 from mlsys_engine.activation.forwards import ReplacedForward
 from mlsys_engine.activation.measure import Call, peak_and_seconds
+from mlsys_engine.activation.options import OFFLOAD, candidates
 from mlsys_engine.activation.profile import Profile, profile
-from mlsys_engine.activation.segments import actions_of
+from mlsys_engine.activation.segments import actions_of, parse
 from mlsys_engine.activation.solver import curve, memory_range
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.plan import encode
@@ -60,7 +61,15 @@ class ActivationPlan:
 
 
 def plan(
-    model: nn.Module, sample: Any, budget: float | str, *, call: Any = None, repeats: int = 3
+    model: nn.Module,
+    sample: Any,
+    budget: float | str,
+    *,
+    call: Any = None,
+    repeats: int = 3,
+    offload: bool = False,
+    lossy: str | None = None,
+    is_collective: bool = True,
 ) -> ActivationPlan:
     """Measures the model on a sample and solves for the budget; called once, before training.
 
@@ -69,19 +78,27 @@ def plan(
     bytes). `call(model, sample)` runs the model as training does, with autocast and loss, and returns its
     output or its loss; None calls the model plainly. `repeats` forwards and backwards time the result.
 
+    A block keeps everything; computes cheap operations again ("selective"); or is run again. `offload=True`
+    lets it move what it keeps out of the device's memory, too. `lossy` = "bf16", "int8" or "fp8" lets it
+    pack it, which changes the gradients.
+
     The plan holds for samples of this shape; the model is unchanged afterwards. In a job every rank calls it
-    alike, rank 0 measures, and its plan is everybody's. Raises ConfigError with the least possible budget
-    when the budget is too small, and for a model that is checkpointed already.
+    alike, rank 0 measures, and its plan is everybody's; with is_collective=False a rank plans alone. Raises
+    ConfigError with the least possible budget when the budget is too small, and for a model that is
+    checkpointed already.
     Source: Herrmann et al. 2019, "Optimal checkpointing for heterogeneous chains".
     """
-    budget_of = parse_budget(budget)
+    budget_of, options = parse_budget(budget), candidates(lossy=lossy, offload=offload)
     _check_plain(model)
     run: Call = partial(call or call_plainly, model, sample)
-    return on_rank_0(lambda: _plan(model, run, budget_of, repeats))
+    make = partial(_plan, model, run, options, budget_of, repeats)
+    return on_rank_0(make) if is_collective else make()
 
 
-def _plan(model: nn.Module, run: Call, budget_of: Callable[[int], int], repeats: int) -> ActivationPlan:
-    measured = profile(model, _block_names(model), run)
+def _plan(
+    model: nn.Module, run: Call, options: Sequence[str], budget_of: Callable[[int], int], repeats: int
+) -> ActivationPlan:
+    measured = profile(model, _block_names(model), run, options)
     budget_bytes = budget_of(measured.plain_peak_bytes)
     room = budget_bytes - measured.fixed_bytes
     if budget_bytes >= measured.plain_peak_bytes:
@@ -119,6 +136,8 @@ def parse_budget(budget: float | str) -> Callable[[int], int]:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|B|KiB|MiB|GiB|)\s*", budget)
         if match and match[2] == "%" and 0 < float(match[1]) <= 100:
             return lambda peak: int(peak * float(match[1]) / 100)
+        if match and not match[2] and 0 < float(match[1]) <= 1:
+            return lambda peak: int(peak * float(match[1]))
         if match and match[2] in _UNITS and float(match[1]) >= 1:
             return lambda _: int(float(match[1]) * _UNITS[match[2]])
     elif isinstance(budget, int) and not isinstance(budget, bool) and budget > 1:
@@ -184,9 +203,10 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _without_needless(actions: dict[str, str], measured: Profile) -> dict[str, str]:
-    """Blocks that keep everything have no action, unless a generation cache is kept from them all."""
-    recomputes = any(action != KEEP for action in actions.values())
-    if measured.takes_cache and recomputes:
+    """Blocks that keep everything have no action, unless they must not fill a cache, or wait for offloads."""
+    recomputes = any(parse(action) for action in actions.values())
+    offloads = any(action.endswith(OFFLOAD) for action in actions.values())
+    if offloads or (measured.takes_cache and recomputes):
         return actions
     return {name: action for name, action in actions.items() if action != KEEP}
 

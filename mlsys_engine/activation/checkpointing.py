@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 
-from mlsys_engine.activation.blocks import KEEP, RECOMPUTE, RECOMPUTE_SEGMENTS, SELECTIVE
+from mlsys_engine.activation.blocks import KEEP, RECOMPUTE, RECOMPUTE_SEGMENTS
 from mlsys_engine.activation.forwards import (
     ChainedForward,
     KeptForward,
     RecomputedForward,
     ReplacedForward,
+    SavingForward,
     SegmentedForward,
-    SelectiveForward,
 )
-from mlsys_engine.activation.segments import ALONE, BlockChain, parse
-from mlsys_engine.activation.selective import Selection
+from mlsys_engine.activation.options import OFFLOAD, OPTIONS
+from mlsys_engine.activation.saving import Saving, SavingContext
+from mlsys_engine.activation.segments import BlockChain, parse
 from mlsys_engine.errors import ConfigError
 
-_FORWARDS: dict[str, Callable[[nn.Module, str], Callable[..., Any]]] = {
-    KEEP: KeptForward,
-    RECOMPUTE: RecomputedForward,
-    RECOMPUTE_SEGMENTS: SegmentedForward,
-}
-_ACTIONS = (*_FORWARDS, SELECTIVE)
+_ACTIONS = (KEEP, RECOMPUTE, RECOMPUTE_SEGMENTS, *OPTIONS)
 
 
 def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
@@ -46,19 +41,27 @@ def apply_actions(model: nn.Module, actions: Mapping[str, str]) -> nn.Module:
                 f"{type(model).__name__} has no module of that name.",
                 "Make the plan again for this model.",
             ) from None
-    chain = BlockChain(reruns) if any(rerun != ALONE for rerun in reruns.values()) else None
-    selection = Selection.of(model) if SELECTIVE in actions.values() else None
+    chain = BlockChain(reruns) if any(not rerun.is_alone for rerun in reruns.values()) else None
+    context = SavingContext.of(model)
+    offloads = any(action.endswith(OFFLOAD) for action in actions.values())
+    takes_cache = not reruns and RECOMPUTE_SEGMENTS not in actions.values()
     for name, action in actions.items():
         block = model.get_submodule(name)
         if isinstance(block.__dict__.get("forward"), ReplacedForward):
             continue
-        shown = name or type(model).__name__
-        if chain is not None and name in reruns:
-            block.forward = ChainedForward(block, shown, chain, chain.position(name))
-        elif selection is not None and action == SELECTIVE:
-            block.forward = SelectiveForward(block, shown, selection)
+        shown, rerun = name or type(model).__name__, reruns.get(name)
+        option = OPTIONS.get(action if rerun is None else rerun.option)
+        saving = None if option is None else Saving(block, shown, option, context)
+        if rerun is not None and chain is not None:
+            block.forward = ChainedForward(block, shown, chain, chain.position(name), saving)
+        elif rerun is not None:
+            block.forward = RecomputedForward(block, shown, saving)
+        elif saving is not None:
+            block.forward = SavingForward(block, shown, saving)
+        elif action == KEEP:
+            block.forward = KeptForward(block, shown, takes_cache, context.offloader if offloads else None)
         else:
-            block.forward = _FORWARDS[action](block, shown)
+            block.forward = SegmentedForward(block, shown)
     return model
 
 

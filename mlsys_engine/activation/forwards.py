@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mlsys_engine.activation.compiling import uncompiled
+from mlsys_engine.activation.offload import Offloader
 from mlsys_engine.activation.recompute import (
     BufferCopies,
     Place,
@@ -21,8 +22,8 @@ from mlsys_engine.activation.recompute import (
     part_of,
     run_recomputed,
 )
+from mlsys_engine.activation.saving import Saving
 from mlsys_engine.activation.segments import BlockChain
-from mlsys_engine.activation.selective import Selection, SelectiveRegion, run_selective
 
 
 class ReplacedForward:
@@ -49,8 +50,9 @@ class ReplacedForward:
 class RecomputedForward(ReplacedForward):
     """A block's forward under a recompute frame. Without gradients it is the plain forward."""
 
-    def __init__(self, block: nn.Module, name: str) -> None:
+    def __init__(self, block: nn.Module, name: str, saving: Saving | None = None) -> None:
         super().__init__(block, name)
+        self._saving = saving  # of what the last run before the backward keeps
         # Part of the block -> the buffers that it was seen to write.
         self._written: dict[str, tuple[str, ...]] = {}
         self._parts: dict[str, Any] = {}  # part of the block -> the native Part that its calls share
@@ -59,11 +61,16 @@ class RecomputedForward(ReplacedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
-        region = self._region(self._name, self._plain, {"": self._block})
+        fn = self._plain if self._saving is None else self._saved
+        region = self._region(self._name, fn, {"": self._block})
         return self._recomputed(region, args, kwargs, self._block_buffers())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parts": {}}
+
+    def _saved(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._saving is not None
+        return self._saving.run(self._plain, args, kwargs)
 
     @uncompiled
     def _region(self, name: str, fn: Callable[..., Any], modules: Mapping[str, nn.Module]) -> Region:
@@ -103,8 +110,10 @@ class RecomputedForward(ReplacedForward):
 class ChainedForward(RecomputedForward):
     """The forward of a block that is run again together with others."""
 
-    def __init__(self, block: nn.Module, name: str, chain: BlockChain, position: int) -> None:
-        super().__init__(block, name)
+    def __init__(
+        self, block: nn.Module, name: str, chain: BlockChain, position: int, saving: Saving | None
+    ) -> None:
+        super().__init__(block, name, saving)
         self._chain, self._position = chain, position
 
     @uncompiled
@@ -115,33 +124,39 @@ class ChainedForward(RecomputedForward):
 
 
 class KeptForward(ReplacedForward):
-    """The plain forward of a block among others that are run again: no generation cache reaches it.
+    """The plain forward of a block among others that keep less.
 
-    It would fill the cache, and blocks that are run again refuse a filled one.
+    Where others are run again no generation cache reaches it: it would fill the cache, and they refuse a
+    filled one. Where others offload, what they gave away is let go once it is written.
     """
+
+    def __init__(
+        self, block: nn.Module, name: str, takes_cache: bool = False, offloader: Offloader | None = None
+    ) -> None:
+        super().__init__(block, name)
+        self._takes_cache, self._offloader = takes_cache, offloader
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
-            args = tuple(map(_no_cache, args))
-            kwargs = {name: _no_cache(value) for name, value in kwargs.items()}
+            if self._offloader is not None:
+                self._offloader.begin_block()
+            if not self._takes_cache:
+                args = tuple(map(_no_cache, args))
+                kwargs = {name: _no_cache(value) for name, value in kwargs.items()}
         return self._plain(*args, **kwargs)
 
 
-class SelectiveForward(ReplacedForward):
-    """A block's forward, run once, that does not keep the outputs of cheap operations."""
+class SavingForward(ReplacedForward):
+    """A block's forward, run once, of which less stays for its backward."""
 
-    def __init__(self, block: nn.Module, name: str, selection: Selection) -> None:
+    def __init__(self, block: nn.Module, name: str, saving: Saving) -> None:
         super().__init__(block, name)
-        self._selection, self._has_checked = selection, False
+        self._saving = saving
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
-        checks = self._block.training and not self._has_checked
-        region = SelectiveRegion(self._name, self._plain, self._selection, checks)
-        result = run_selective(region, args, kwargs)
-        self._has_checked |= checks
-        return result
+        return self._saving.run(self._plain, args, kwargs)
 
 
 class SegmentedForward(RecomputedForward):

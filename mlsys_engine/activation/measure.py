@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlsys_engine.activation.recompute import is_cache
 from mlsys_engine.memory import SavedActivationMeter
 
 Call = Callable[[], Any]  # runs the model once and returns what it returns
+Way = Callable[[], AbstractContextManager[None]]  # in which a block runs in another way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,11 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds of one block, medians."""
+    """What one block takes: the least of some runs, as noise only adds."""
 
     forward_s: float
     backward_s: float
+    backward_peak_bytes: int  # computed again or unpacked in the backward, besides what was saved
 
 
 def observe(model: nn.Module, names: Sequence[str], call: Call) -> Observation:
@@ -124,26 +127,53 @@ def peak_and_seconds(model: nn.Module, call: Call, repeats: int = 1) -> tuple[in
     return meter.peak_bytes, statistics.median(seconds) if seconds else 0.0
 
 
-def time_block(block: nn.Module, call: BlockCall, repeats: int = 5) -> Times:
-    """Seconds of the block's forward and backward on the inputs of that call, after one run to warm up."""
-    forward, backward = [], []
+def time_block(
+    block: nn.Module, call: BlockCall, ways: Mapping[str, Way], repeats: int = 5
+) -> dict[str, Times]:
+    """What the block's forward and backward take on the inputs of that call, for each way to run it.
+
+    The ways take turns, so that what else the machine does meets all of them. One run warms up.
+    """
+    peaks: dict[str, int] = {}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     with _unchanged(block):
-        for _ in range(repeats + 1):
-            args, kwargs = _as_leaves((call.args, call.kwargs))
-            started = time.perf_counter()
-            output = block(*args, **kwargs)
-            _synchronise(block)
-            between = time.perf_counter()
-            outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
-            wanted = [tensor for tensor in tensors_of((args, kwargs)) if tensor.requires_grad]
-            wanted += [parameter for parameter in block.parameters() if parameter.requires_grad]
-            if outputs and wanted:
-                ones = [torch.ones_like(output) for output in outputs]
-                torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
-            _synchronise(block)
-            forward.append(between - started)
-            backward.append(time.perf_counter() - between)
-    return Times(forward_s=statistics.median(forward[1:]), backward_s=statistics.median(backward[1:]))
+        for name, way in ways.items():
+            with way(), SavedActivationMeter(block) as meter:
+                *_, saved_bytes = _run_block(block, call, meter)
+                peaks[name] = meter.peak_bytes - saved_bytes
+        for _ in range(repeats):
+            for name, way in ways.items():
+                with way():
+                    forward_s, backward_s, _ = _run_block(block, call)
+                seconds[name].append((forward_s, backward_s))
+    return {
+        name: Times(
+            forward_s=min(forward_s for forward_s, _ in seconds[name]),
+            backward_s=min(backward_s for _, backward_s in seconds[name]),
+            backward_peak_bytes=peaks[name],
+        )
+        for name in ways
+    }
+
+
+def _run_block(
+    block: nn.Module, call: BlockCall, meter: SavedActivationMeter | None = None
+) -> tuple[float, float, int]:
+    """Seconds of forward and backward, and the bytes that the meter counts between them."""
+    args, kwargs = _as_leaves((call.args, call.kwargs))
+    started = time.perf_counter()
+    output = block(*args, **kwargs)
+    _synchronise(block)
+    between = time.perf_counter()
+    saved_bytes = 0 if meter is None else meter.current_bytes
+    outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+    wanted = [tensor for tensor in tensors_of((args, kwargs)) if tensor.requires_grad]
+    wanted += [parameter for parameter in block.parameters() if parameter.requires_grad]
+    if outputs and wanted:
+        ones = [torch.ones_like(output) for output in outputs]
+        torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+    _synchronise(block)
+    return between - started, time.perf_counter() - between, saved_bytes
 
 
 def likeness(block: nn.Module, call: BlockCall) -> object:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from mlsys_engine.activation.blocks import KEEP
 from mlsys_engine.activation.chain import BlockCosts, Chain, OptionCosts
+from mlsys_engine.activation.checkpointing import apply_actions, uncheckpoint
 from mlsys_engine.activation.measure import (
     BlockCall,
     Call,
@@ -19,6 +22,7 @@ from mlsys_engine.activation.measure import (
     peak_and_seconds,
     time_block,
 )
+from mlsys_engine.activation.options import BASE_OF_OFFLOADING
 from mlsys_engine.errors import ConfigError
 
 _REST = "rest"  # the chain's last entry: what the model does after its blocks
@@ -37,23 +41,32 @@ class Profile:
     plain_seconds: float  # of forward and backward then
 
 
-def profile(model: nn.Module, names: Sequence[str], call: Call) -> Profile:
+def profile(model: nn.Module, names: Sequence[str], call: Call, options: Sequence[str] = (KEEP,)) -> Profile:
     """Measures the named blocks of the model; called when a plan is made, on the device that trains.
 
-    `call()` runs the model once, as training will, and returns its output or loss. Gradients, buffers and
-    random states are left alone. Raises ConfigError when a block is called more than once or not at all.
+    `call()` runs the model once, as training will, and returns its output or loss; once for each of the
+    `options`, of which "keep" is the first. Gradients, buffers and random states are left alone. Raises
+    ConfigError when a block is called more than once or not at all.
     """
     seen = observe(model, names, call)
     _check_called_once(names, seen.calls)
     peak, seconds = peak_and_seconds(model, call, repeats=3)
-    times: dict[object, Times] = {}
-    blocks = []
-    for position, made in enumerate(seen.calls):
-        block = model.get_submodule(made.name)
-        kind = likeness(block, made)
-        if kind not in times:
-            times[kind] = time_block(block, made)
-        blocks.append(_costs(made, times[kind], chained=made.chained and position > 0))
+    under = [seen]
+    for option in options[1:]:
+        with _applied(model, names, option):
+            under.append(observe(model, names, call))
+    costs = _costs(model, options, under)
+    blocks = tuple(
+        BlockCosts(
+            name=made.name,
+            input_bytes=made.input_bytes,
+            options=of_block,
+            drop_forward_s=of_block[0].forward_s,
+            drop_peak_bytes=min(made.input_bytes, of_block[0].saved_bytes),
+            splittable=made.chained and position > 0,
+        )
+        for position, (made, of_block) in enumerate(zip(seen.calls, costs, strict=True))
+    )
     return Profile(
         names=tuple(made.name for made in seen.calls),
         chain=Chain(blocks=(*blocks, _rest(seen))),
@@ -64,25 +77,61 @@ def profile(model: nn.Module, names: Sequence[str], call: Call) -> Profile:
     )
 
 
-def _costs(call: BlockCall, times: Times, chained: bool) -> BlockCosts:
+def _costs(
+    model: nn.Module, options: Sequence[str], under: Sequence[Observation]
+) -> list[tuple[OptionCosts, ...]]:
+    """What each block saves under each option in the whole model, and what its kind takes alone.
+
+    The first observation, of the plain model, has the inputs of the others.
+    """
+    times: dict[object, dict[str, Times]] = {}
+    costs = []
+    for made, *saved in zip(under[0].calls, *(seen.calls for seen in under), strict=True):
+        block = model.get_submodule(made.name)
+        kind = likeness(block, made)
+        if kind not in times:
+            ways = {option: partial(_applied, model, (made.name,), option) for option in options}
+            times[kind] = time_block(block, made, ways)
+        of_block: dict[str, OptionCosts] = {}
+        for option, call in zip(options, saved, strict=True):
+            of_block[option] = _option_costs(option, times[kind], call, of_block)
+        costs.append(tuple(of_block.values()))
+    return costs
+
+
+def _option_costs(
+    option: str, times: Mapping[str, Times], call: BlockCall, known: Mapping[str, OptionCosts]
+) -> OptionCosts:
+    own, plain = times[option], times[KEEP]
     saved = max(call.bytes_after - call.bytes_before, 0)
-    return BlockCosts(
-        name=call.name,
-        input_bytes=call.input_bytes,
-        options=(
-            OptionCosts(
-                name=KEEP,
-                forward_s=times.forward_s,
-                backward_s=times.backward_s,
-                saved_bytes=saved,
-                forward_peak_bytes=saved,
-                backward_peak_bytes=saved,
-            ),
-        ),
-        drop_forward_s=times.forward_s,
-        drop_peak_bytes=min(call.input_bytes, saved),
-        splittable=chained,
+    forward_peak, backward_peak = saved, saved + own.backward_peak_bytes
+    base = BASE_OF_OFFLOADING.get(option)
+    if base is not None:
+        # Nothing stays: what the meter saw was still being written. On the way are this block's bytes and
+        # those of the one before in the forward, of the one that is loaded ahead in the backward.
+        moved = known[base].saved_bytes
+        saved, forward_peak, backward_peak = 0, 2 * moved, moved + known[base].backward_peak_bytes
+    return OptionCosts(
+        name=option,
+        # What keeps less does more: a shorter time is noise.
+        forward_s=max(own.forward_s, plain.forward_s),
+        backward_s=max(own.backward_s, plain.backward_s),
+        saved_bytes=saved,
+        forward_peak_bytes=forward_peak,
+        backward_peak_bytes=backward_peak,
     )
+
+
+@contextlib.contextmanager
+def _applied(model: nn.Module, names: Sequence[str], option: str) -> Iterator[None]:
+    if option == KEEP:
+        yield
+        return
+    apply_actions(model, dict.fromkeys(names, option))
+    try:
+        yield
+    finally:
+        uncheckpoint(model)
 
 
 def _rest(seen: Observation) -> BlockCosts:

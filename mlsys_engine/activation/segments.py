@@ -4,6 +4,7 @@
     recompute linked after C blocks.3 D blocks.4
                                               keeps nothing; before its backward blocks.3 is run (what it
                                               is given stays), then blocks.4 (nothing stays), then itself
+    recompute with selective                  when it is run again the option decides what stays
 
 Letters: D nothing stays, C the inputs stay, K everything that the block saves stays.
 """
@@ -15,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlsys_engine.activation.blocks import RECOMPUTE
+from mlsys_engine.activation.blocks import KEEP, RECOMPUTE
 from mlsys_engine.activation.chain import BACKWARD, CHECKPOINT, DROP, OPTION, Schedule, Step
+from mlsys_engine.activation.options import OPTIONS
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.native import load_activation
 
@@ -30,13 +32,17 @@ class Rerun:
 
     linked: bool  # the block keeps no input of its own
     before: tuple[tuple[str, str], ...]  # (letter, block): what is run before its backward
+    option: str = KEEP  # what stays of the run before the backward
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is run from its own input, without others."""
+        return not self.linked and not self.before
 
     def __str__(self) -> str:
         after = "".join(f" {letter} {name}" for letter, name in self.before)
-        return RECOMPUTE + (" linked" if self.linked else "") + (f" after{after}" if after else "")
-
-
-ALONE = Rerun(linked=False, before=())
+        option = "" if self.option == KEEP else f" with {self.option}"
+        return RECOMPUTE + (" linked" if self.linked else "") + (f" after{after}" if after else "") + option
 
 
 def parse(action: str) -> Rerun | None:
@@ -44,16 +50,20 @@ def parse(action: str) -> Rerun | None:
     words = action.split(" ")
     if words[0] != RECOMPUTE:
         return None
-    rest = words[1:]
+    rest, option = words[1:], KEEP
     linked = rest[:1] == ["linked"]
     rest = rest[linked:]
+    if rest[-2:-1] == ["with"]:
+        rest, option = rest[:-2], rest[-1]
+    if option != KEEP and option not in OPTIONS:
+        return None
     if not rest:
-        return Rerun(linked=linked, before=())
+        return Rerun(linked=linked, before=(), option=option)
     names = rest[2::2]
     letters = rest[1::2]
     if rest[0] != "after" or len(letters) != len(names) or not set(letters) <= _KEEPS.keys():
         return None
-    return Rerun(linked=linked, before=tuple(zip(letters, names, strict=True)))
+    return Rerun(linked=linked, before=tuple(zip(letters, names, strict=True)), option=option)
 
 
 def actions_of(schedule: Schedule, names: Sequence[str]) -> dict[str, str]:
@@ -71,12 +81,12 @@ def actions_of(schedule: Schedule, names: Sequence[str]) -> dict[str, str]:
             first[step.block] = step
         else:
             waiting.append(step)
-    actions = {}
+    actions, last = {}, schedule.options_of_last_forwards()
     for position, name in enumerate(names):
         step = first[position]
         if step.action != OPTION:
             runs = tuple((_LETTERS[run.action], names[run.block]) for run in before[position][:-1])
-            actions[name] = str(Rerun(linked=step.action == DROP, before=runs))
+            actions[name] = str(Rerun(linked=step.action == DROP, before=runs, option=last[position]))
         else:
             actions[name] = str(step.option)
     return actions

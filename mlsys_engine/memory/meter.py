@@ -56,11 +56,11 @@ class SavedActivationMeter:
     def counts(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage is counted now, or never is because it belongs to the modules."""
         key = tensor.untyped_storage()._cdata
-        return key in self._storages or key in self._excluded or _is_parameter(tensor)
+        return key in self._storages or key in self._excluded or is_parameter(tensor)
 
     def hold(self, tensor: torch.Tensor) -> _Hold | None:
         """Counts the tensor's storage until the returned object dies; None when it does not count."""
-        if _is_parameter(tensor):
+        if is_parameter(tensor):
             return None
         storage = tensor.untyped_storage()
         if storage._cdata in self._excluded:
@@ -110,6 +110,7 @@ def current_observer() -> Observe | None:
     return lambda tensor: [meter.hold(tensor) for meter in meters]
 
 
-def _is_parameter(tensor: torch.Tensor) -> bool:
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a leaf that gets gradients, or a view of one: no activation."""
     base = tensor if tensor._base is None else tensor._base
     return isinstance(base, nn.Parameter) or (base.requires_grad and base.is_leaf)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mlsys_engine import activation, optim, strategies
+from mlsys_engine import optim, strategies
 from mlsys_engine.errors import ConfigError, DataError
 from mlsys_engine.tracking import check_trackers
 
@@ -51,7 +51,7 @@ class TrainingSettings:
     precision: Literal["fp32", "bf16", "fp16", "bf16-pure", "fp16-pure"] = "fp32"
     """Arithmetic of forward and backward; pure ones store the parameters so, too."""
     activation: str | None = "full"
-    """Policy of activation checkpointing: full runs blocks again, selective cheap operations."""
+    """What blocks keep: full runs them again, selective cheap operations; or a budget: 0.5, 50%, 6GiB."""
     compile: bool = False
     """Compile the model with torch.compile."""
     numerics: Literal["fast", "reproducible", "world_invariant"] = "fast"
@@ -78,7 +78,7 @@ class TrainingSettings:
     def check(self, num_ranks: int) -> None:
         """Refuses unknown names and batches that leave a rank without a sequence, before any rank starts."""
         strategies.from_name(self.strategy)
-        activation.resolve(nn.Identity(), self.activation)
+        strategies.check_activation(nn.Identity(), self.activation)
         check_trackers(self.trackers)
         if self.batch_size < num_ranks:
             raise DataError(

@@ -1,5 +1,6 @@
 """The strategies, and plan, apply and wrap, which turn them into runners."""
 
+from mlsys_engine.strategies.activations import check_activation
 from mlsys_engine.strategies.api import apply, check_loss, plan, wrap
 from mlsys_engine.strategies.base import PlanOptions, Strategy
 from mlsys_engine.strategies.data_parallel import DataParallel
@@ -11,6 +12,7 @@ __all__ = [
     "PlanOptions",
     "Strategy",
     "apply",
+    "check_activation",
     "check_loss",
     "from_name",
     "plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,18 @@ import torch.distributed as dist
 from torch import nn
 
 from mlsys_engine import activation as activation_policies
-from mlsys_engine.activation import ActivationPlan
 from mlsys_engine.comm.launch import World, current_world, init
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.numerics import Loss, call_model
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import Plan, Runner
+from mlsys_engine.strategies.activations import (
+    Activation,
+    Measuring,
+    actions_for_budget,
+    check_activation,
+    is_budget,
+)
 from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Strategy
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.lazy import LazyRunner
@@ -31,28 +38,52 @@ def plan(
     world: int | World | None = None,
     precision: str = "fp32",
     accumulate: int = 1,
-    activation: str | ActivationPlan | None = None,
+    activation: Activation = None,
     numerics: str = "fast",
     compile: bool = False,
     seed: int | None = None,
+    loss: Loss | None = None,
 ) -> Plan:
     """Resolves the whole layout of `model` on a world, as a value. Needs no ranks and changes nothing.
 
     `sample` is one microbatch; without it the order of the buckets is that of registration. `world` is a
-    number of ranks or a World; the default is the current one, or one rank. Raises ConfigError for what
-    cannot work.
+    number of ranks or a World; the default is the current one, or one rank. `activation` is a policy
+    ("full", "selective"), an ActivationPlan, or a budget (0.5, "50%", "6GiB"), which is measured on the
+    sample, with `loss` if training has one; in a job every rank then calls this alike. Raises ConfigError
+    for what cannot work.
     """
-    chosen = from_name(strategy)
-    _check_model(model)
-    options = PlanOptions(
-        precision=precision,
+    measuring = Measuring(precision=precision, loss=loss, is_collective=True)
+    return _plan(
+        model,
+        strategy,
+        activation,
+        measuring,
+        sample,
+        world=world,
         accumulate=accumulate,
-        activation=activation_policies.resolve(model, activation),
         numerics=numerics,
         compile=compile,
         seed=seed,
     )
-    return chosen.plan(_trace(model, sample), _world_size(world), options)
+
+
+def _plan(
+    model: nn.Module,
+    strategy: Strategy | str,
+    activation: Activation,
+    measuring: Measuring,
+    sample: Any = None,
+    *,
+    world: int | World | None,
+    **options: Any,
+) -> Plan:
+    chosen = from_name(strategy)
+    _check_model(model)
+    options |= {"precision": measuring.precision, "activation": check_activation(model, activation)}
+    checked = PlanOptions(**options)  # before anything runs
+    if is_budget(activation):
+        checked = replace(checked, activation=actions_for_budget(model, activation, sample, measuring))
+    return chosen.plan(_trace(model, sample), _world_size(world), checked)
 
 
 def apply(
@@ -108,7 +139,7 @@ def wrap(
     noise_scale: GradientNoiseScale | None = None,
     precision: str = "fp32",
     accumulate: int = 1,
-    activation: str | ActivationPlan | None = None,
+    activation: Activation = None,
     numerics: str = "fast",
     compile: bool = False,
     sample: Any = None,
@@ -124,14 +155,13 @@ def wrap(
     _check_model(model)
     check_loss(loss)
     world = init()
+    measuring = Measuring(precision=precision, loss=loss, is_collective=sample is not None)
     make_plan = partial(
-        plan,
+        _plan,
         model,
         chosen,
         world=world,
-        precision=precision,
         accumulate=accumulate,
-        activation=activation,
         numerics=numerics,
         compile=compile,
         seed=seed,
@@ -146,9 +176,11 @@ def wrap(
         noise_scale=noise_scale,
     )
     if sample is not None:
-        return build(make_plan(sample))
-    make_plan()  # what cannot work is refused here, not at the first step
-    return LazyRunner(model=model, make_plan=make_plan, build=build, world=world)
+        return build(make_plan(activation, measuring, sample))
+    # What cannot work is refused here, not at the first step.
+    make_plan(None if is_budget(activation) else activation, measuring)
+    later = partial(make_plan, activation, measuring)  # on rank 0, which tells the others
+    return LazyRunner(model=model, make_plan=later, build=build, world=world)
 
 
 def check_loss(loss: object) -> None:

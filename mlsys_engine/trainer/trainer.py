@@ -67,7 +67,7 @@ class Trainer:
         lr_schedule: LrSchedule | None = None,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
-        activation: str | ActivationPlan | None = None,
+        activation: str | float | ActivationPlan | None = None,
         compile: bool = False,
         sample: Any = None,
         verify: Any = None,
@@ -158,7 +158,9 @@ class Trainer:
             sample = self._sample
             if sample is None:
                 sample = _first_microbatch(loader, world.world_size * self._accumulate)
-            plan = strategies.plan(self._model, self._strategy, sample, world=world, **self._plan_options)
+            plan = strategies.plan(
+                self._model, self._strategy, sample, world=world, loss=self._loss, **self._plan_options
+            )
             runner = strategies.apply(
                 plan,
                 self._model,

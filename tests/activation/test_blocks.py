@@ -57,7 +57,7 @@ def test_unknown_policy_is_refused_with_the_nearest_name() -> None:
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
-        ({"blocks.0": "offload"}, "Known actions: keep, recompute"),
+        ({"blocks.0": "teleport"}, "Known actions: keep, recompute"),
         ({"blocks.9": "recompute"}, "has no module of that name"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mlsys_engine import activation, models, strategies
 from mlsys_engine.activation import ActivationPlan
 from mlsys_engine.activation.budget import parse_budget
-from mlsys_engine.activation.measure import scalar
+from mlsys_engine.activation.measure import Times, scalar
 from mlsys_engine.activation.segments import parse
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.memory import SavedActivationMeter
@@ -183,24 +184,83 @@ def test_the_plan_of_a_model_takes_it_as_its_activation() -> None:
     assert type(whole).from_json(whole.to_json()) == whole
 
 
-def _train_under_a_budget(rank: int, world_size: int) -> tuple[str, list[float]]:
+def test_lossy_options_keep_a_budget_that_is_too_small_without_them() -> None:
+    model, sample = gpt()
+    with pytest.raises(ConfigError) as refused:
+        activation.plan(model, sample, "1KiB", repeats=0)
+    least = int(str(refused.value).split("Give at least ")[1].split(", or")[0].replace(",", ""))
+    plan = activation.plan(model, sample, least - 1024, repeats=0, lossy="int8")
+    assert plan.measured_peak_bytes <= plan.budget_bytes
+    assert any("int8" in action for _, action in plan.actions)
+    _, peak = step(plan.apply(model), sample)
+    assert peak <= plan.budget_bytes
+
+
+def test_offloading_takes_the_place_of_recomputing_where_it_costs_less(monkeypatch: Any) -> None:
+    model, sample = gpt()
+
+    def equal_times(block: Any, call: Any, ways: dict[str, Any]) -> dict[str, Times]:
+        return {name: Times(forward_s=1.0, backward_s=2.0, backward_peak_bytes=0) for name in ways}
+
+    monkeypatch.setattr("mlsys_engine.activation.profile.time_block", equal_times)
+    plan = activation.plan(model, sample, 0.45, repeats=0, offload=True)
+    assert any(action.endswith("offload") for _, action in plan.actions)
+    assert not any("recompute" in action for _, action in plan.actions)
+    assert ActivationPlan.from_json(plan.to_json()) == plan
+    expected, _ = step(copy.deepcopy(model), sample)
+    found, peak = step(plan.apply(model), sample)
+    assert peak <= plan.budget_bytes
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def _train_under_a_budget(rank: int, world_size: int) -> tuple[str, list[list[float]], list[Any]]:
     torch.manual_seed(0)
     model, sample = gpt()
     plan = activation.plan(model, sample, 0.5, repeats=0)
-    losses = []
-    for chosen in (None, plan):
+    losses, actions = [], []
+    for chosen, first in ((None, sample), (plan, sample), ("50%", sample), (0.5, None)):
         torch.manual_seed(rank)
         runner = strategies.wrap(
-            copy.deepcopy(model), optimizer=torch.optim.SGD, activation=chosen, sample=sample
+            copy.deepcopy(model), optimizer=torch.optim.SGD, activation=chosen, sample=first
         )
-        losses += [runner.step([sample]).loss.item() for _ in range(3)]
-    return plan.to_json(), losses
+        losses.append([runner.step([sample]).loss.item() for _ in range(3)])
+        actions.append(runner.plan.activation if first is not None else runner.built().plan.activation)
+    return plan.to_json(), losses, actions
 
 
 def test_two_ranks_get_one_plan_and_the_losses_of_the_plain_model(run_ranks: Any) -> None:
-    (plan, losses), (other, _) = run_ranks(_train_under_a_budget, 2)
-    assert plan == other
-    assert losses[:3] == losses[3:]
+    (plan, losses, actions), (other, _, others) = run_ranks(_train_under_a_budget, 2)
+    assert plan == other and actions == others
+    assert not actions[0] and all(actions[1:])
+    assert all(found == losses[0] for found in losses)
+
+
+def test_a_budget_in_a_plan_is_measured_with_the_precision_and_the_loss_of_training() -> None:
+    model, sample = Stack(width=64, depth=8), torch.randn(64, 64)
+    make = functools.partial(strategies.plan, model, strategies.DataParallel(), sample, activation=0.5)
+    seen: list[torch.dtype] = []
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        seen.append((output @ output.T).dtype)
+        return output.square().mean()
+
+    assert make(precision="bf16", loss=loss).activation
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": 0.5}, "without a sample.*train a step"),
+        ({"activation": 0.5, "precision": "bf16-pure", "sample": torch.ones(2, 16)}, "would be too large"),
+        ({"activation": 1.5, "sample": torch.ones(2, 16)}, "a part of what the plain model keeps"),
+        ({"activation": "ful"}, "Did you mean.*full"),
+    ],
+)
+def test_a_plan_refuses_a_budget_that_it_cannot_measure(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        strategies.plan(Stack(), strategies.DataParallel(), **options)
 
 
 @pytest.mark.parametrize("budget", [0, 1.5, -1, True, "0%", "101%", "6 gigabytes", "GiB", None, float("nan")])
@@ -211,7 +271,17 @@ def test_what_is_no_budget_is_refused(budget: Any) -> None:
 
 @pytest.mark.parametrize(
     ("budget", "num_bytes"),
-    [(0.5, 500), ("50%", 500), (1.0, 1000), (1, 1000), (2048, 2048), ("2KiB", 2048), ("1.5 MiB", 3 * 2**19)],
+    [
+        (0.5, 500),
+        ("50%", 500),
+        ("0.5", 500),
+        (1.0, 1000),
+        (1, 1000),
+        ("1", 1000),
+        (2048, 2048),
+        ("2KiB", 2048),
+        ("1.5 MiB", 3 * 2**19),
+    ],
 )
 def test_budgets_are_parts_or_sizes(budget: Any, num_bytes: int) -> None:
     assert parse_budget(budget)(1000) == num_bytes
@@ -236,9 +306,13 @@ class CalledTwice(nn.Module):
         ),
         (lambda: activation.checkpoint(Stack(), policy="budget"), "without a budget"),
         (lambda: activation.checkpoint(Stack(), policy="full", budget=0.5), "would have no effect"),
-        (lambda: activation.checkpoint(Stack(), offload=True), "neither moves activations"),
-        (lambda: activation.checkpoint(Stack(), lossy="int8"), "nor packs them"),
-        (lambda: activation.resolve(Stack(), "budget"), "mls.activation.plan"),
+        (lambda: activation.checkpoint(Stack(), offload=True), "keeps nothing that could be moved"),
+        (lambda: activation.checkpoint(Stack(), lossy="int4"), "Lossy forms: bf16, fp8, int8"),
+        (
+            lambda: activation.checkpoint(Stack(), policy="selective", offload=True, lossy="fp8"),
+            "either packs what it keeps or moves it",
+        ),
+        (lambda: activation.resolve(Stack(), "budget"), "Give the budget itself"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(act: Callable[[], Any], message: str) -> None:

@@ -292,7 +292,7 @@ def test_an_exception_in_a_block_takes_the_hooks_away_and_the_next_step_is_healt
 
 def test_nothing_of_a_step_outlives_it_and_many_steps_hold_as_many_tensors_as_one() -> None:
     _, selective = pair(ResNet)  # its ReLUs save their own results
-    selection = selective.blocks[0].forward._selection
+    selection = selective.blocks[0].forward._saving.context
     gc.collect()
     gc.disable()  # what dies must die by counting references
     try:
@@ -348,7 +348,7 @@ def test_copies_pickles_and_removal_keep_the_model_what_it_was() -> None:
     plain, selective = pair(lambda: gpt(dropout=0.0))
     expected = step(plain, 0)
     for other in (copy.deepcopy(selective), pickle.loads(pickle.dumps(selective))):
-        assert other.blocks[0].forward._selection is not selective.blocks[0].forward._selection
+        assert other.blocks[0].forward._saving.context is not selective.blocks[0].forward._saving.context
         assert_same_bits(expected, step(other, 0))
     assert list(selective.state_dict()) == list(plain.state_dict())
     activation.uncheckpoint(selective)

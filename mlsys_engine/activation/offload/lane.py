@@ -96,6 +96,7 @@ class Lane:
         self._lock = threading.Lock()
         self._writing: deque[Transfer] = deque()
         self._writing_bytes = 0
+        self._call_bytes = 0  # put since the newest call of a block began
         self._failed: list[Transfer] = []  # writes of which nobody has been told
         self._dead: deque[tuple[Slot, Transfer, Transfer | None]] = deque()
         self._newest: weakref.ref[_Call] | None = None
@@ -126,6 +127,7 @@ class Lane:
             call.kept.append(weakref.ref(kept))
             self._writing.append(write)
             self._writing_bytes += write.num_bytes
+            self._call_bytes += write.num_bytes
             while self._writing_bytes > self._max_writing_bytes:
                 self._writing[0].wait()
                 self._retire()
@@ -133,6 +135,15 @@ class Lane:
             if self._failed:
                 raise self._error(self._failed[0])
         return kept
+
+    def begin_call(self) -> None:
+        """Waits until what is on the way is of the call before at most: with what comes, of two calls."""
+        with self._lock:
+            self._collect()
+            while self._writing_bytes > self._call_bytes:
+                self._writing[0].wait()
+                self._retire()
+            self._call_bytes = 0
 
     def read(self, kept: Kept) -> Tensor:
         """See Kept.read."""

@@ -32,8 +32,13 @@ class Offloader:
         return type(self), (self.options,)
 
     def begin_block(self) -> None:
-        """A block is called: what is put from now on belongs to another call, even of the same block."""
+        """A block is called: what is put from now on belongs to another call, even of the same block.
+
+        Waits until tensors of one earlier call at most are still to be written.
+        """
         self._num_calls += 1
+        for lane in self._lanes_here():
+            lane.begin_call()
 
     def put(self, block: str | int, tensor: Tensor, observe: Observe | None = None) -> Kept:
         """Gives a flat, contiguous tensor of a block away, in the forward.
@@ -47,9 +52,11 @@ class Offloader:
 
     def begin_backward(self) -> None:
         """The backward of what follows the last offloaded block begins: that block's tensors are loaded."""
-        for lane in self._lanes.values():
-            if lane.process == os.getpid():
-                lane.begin_backward()
+        for lane in self._lanes_here():
+            lane.begin_backward()
+
+    def _lanes_here(self) -> list[Lane]:
+        return [lane for lane in self._lanes.values() if lane.process == os.getpid()]
 
     def _lane(self, device: torch.device) -> Lane:
         lane = self._lanes.get(device)
