@@ -2,17 +2,21 @@
 
     python benchmarks/activation.py [--json FILE] [--threads 2] [--rounds 7] [--models gpt resnet]
 
-For each budget: the engine's plan, and torch's checkpoint on the fewest first blocks that keep the same
-budget. Besides: everything kept, torch's checkpoint on every block, and torch's selective policy, which keeps
-the results of matrix products, convolutions and attention. Peaks are of bytes saved for the backward, by the
-engine's meter; it does not see what torch's checkpoint recomputes, so torch's peaks are only what stays
-between forward and backward. Systems take turns in one process, and gradients are compared with the plain
-model's, bit for bit.
+For each budget: the engine's plan, the plan that may pack to int8, and torch's checkpoint on the fewest
+first blocks that need no more memory than the first of these. Besides: everything kept, every block
+checkpointed, and the selective policies; torch's keeps the results of matrix products, convolutions and
+attention.
+
+Two peaks: of the bytes saved for the backward, by the engine's meter (what a budget is about; it does not see
+what torch's checkpoint keeps in its caches), and of all that torch's allocator gave out during the step, by
+its profiler, with gradients and temporaries, on the same basis for every system. Systems take turns in one
+process, and gradients of lossless systems are compared with the plain model's, bit for bit.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -22,6 +26,7 @@ from typing import Any
 import torch
 from interleaved import options_of, show, take_turns, write_results
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -32,22 +37,28 @@ from mlsys_engine import activation, models
 from mlsys_engine.activation.measure import scalar
 from mlsys_engine.memory import SavedActivationMeter
 
+INT8 = "int8"
 BUDGETS = (0.9, 0.7, 0.5, 0.3)
-COLUMNS = ("workload", "threads", "system", "of the plain peak", "best ms", "median ms", "of the plain time")
+COLUMNS = (
+    *("workload", "threads", "system", "saved of plain", "allocated of plain"),
+    *("best ms", "median ms", "of the plain time"),
+)
 Case = tuple[nn.Module, Tensor, Callable[[nn.Module, Tensor], Any]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One system on one model; the peak is measured and counts saved tensors."""
+    """One system on one model; peaks are measured."""
 
     workload: str
     system: str
     threads: int
-    peak_bytes: int
+    peak_bytes: int  # of saved tensors
+    allocated_bytes: int  # the most that the step's allocations took at a time
     best_ms: float
     median_ms: float
     peak_of_plain: float
+    allocated_of_plain: float
     time_of_plain: float
 
 
@@ -112,12 +123,17 @@ def systems_of(case: Case) -> dict[str, nn.Module]:
         "torch, every block": by_torch(copy.deepcopy(model), names),
         "torch, selective": by_torch(copy.deepcopy(model), names, context_fn=selective),
         "mlsys, every block": activation.checkpoint(copy.deepcopy(model), policy="full"),
+        "mlsys, selective": activation.checkpoint(copy.deepcopy(model), policy="selective"),
+        f"mlsys, selective {INT8}": activation.checkpoint(
+            copy.deepcopy(model), policy="selective", lossy=INT8
+        ),
     }
-    plain_peak = peak_of(model, sample, call)
     for budget in BUDGETS:
-        plan = activation.plan(model, sample, budget, call=call, repeats=0)
-        systems[f"mlsys, budget {budget:.0%}"] = plan.apply(copy.deepcopy(model))
-        first = first_blocks(case, names, int(budget * plain_peak))
+        plan = activation.plan(model, sample, budget, call=call, repeats=3)
+        planned = systems[f"mlsys, budget {budget:.0%}"] = plan.apply(copy.deepcopy(model))
+        plan = activation.plan(model, sample, budget, call=call, repeats=3, lossy=INT8)
+        systems[f"mlsys, budget {budget:.0%} {INT8}"] = plan.apply(copy.deepcopy(model))
+        first = first_blocks(case, names, allocated_by(planned, sample, call))
         if first is not None:
             systems[f"torch, first {first} blocks ({budget:.0%})"] = by_torch(
                 copy.deepcopy(model), names[:first]
@@ -125,13 +141,23 @@ def systems_of(case: Case) -> dict[str, nn.Module]:
     return systems
 
 
-def first_blocks(case: Case, names: list[str], budget_bytes: int) -> int | None:
-    """How many first blocks must be run again to keep the budget; None when all are not enough."""
+def first_blocks(case: Case, names: list[str], allocated_bytes: int) -> int | None:
+    """How many first blocks must be run again to allocate no more; None when all are not enough."""
     model, sample, call = case
     for count in range(1, len(names) + 1):
-        if peak_of(by_torch(copy.deepcopy(model), names[:count]), sample, call) <= budget_bytes:
+        if allocated_by(by_torch(copy.deepcopy(model), names[:count]), sample, call) <= allocated_bytes:
             return count
     return None
+
+
+def allocated_by(model: nn.Module, sample: Tensor, call: Callable[..., Any]) -> int:
+    """The most bytes that a step's allocations take at a time, as torch's profiler is told of them."""
+    step(model, sample, call)  # what is made in the first step, and gradients
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(model, sample, call)
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 def peak_of(model: nn.Module, sample: Tensor, call: Callable[..., Any]) -> int:
@@ -152,6 +178,7 @@ def measure(workload: str, threads: int, rounds: int) -> list[Result]:
     _, sample, call = case
     systems = systems_of(case)
     peaks = [peak_of(model, sample, call) for model in systems.values()]
+    allocated = [allocated_by(model, sample, call) for model in systems.values()]
     check_gradients(systems, sample, call)
     times = take_turns([partial(step, model, sample, call) for model in systems.values()], rounds)
     plain = times[0]
@@ -161,18 +188,22 @@ def measure(workload: str, threads: int, rounds: int) -> list[Result]:
             system=system,
             threads=threads,
             peak_bytes=peak,
+            allocated_bytes=taken_bytes,
             best_ms=min(taken) * 1e3,
             median_ms=statistics.median(taken) * 1e3,
             peak_of_plain=peak / peaks[0],
+            allocated_of_plain=taken_bytes / allocated[0],
             time_of_plain=statistics.median(t / p for t, p in zip(taken, plain, strict=True)),
         )
-        for system, peak, taken in zip(systems, peaks, times, strict=True)
+        for system, peak, taken_bytes, taken in zip(systems, peaks, allocated, times, strict=True)
     ]
 
 
 def check_gradients(systems: dict[str, nn.Module], sample: Tensor, call: Callable[..., Any]) -> None:
     expected: list[Tensor | None] = []
     for system, model in systems.items():
+        if INT8 in system:
+            continue
         step(model, sample, call)
         found = [parameter.grad for parameter in model.parameters()]
         expected = expected or found
@@ -187,6 +218,7 @@ def rows(results: list[Result]) -> list[list[str]]:
             str(r.threads),
             r.system,
             f"{r.peak_of_plain:.2f}",
+            f"{r.allocated_of_plain:.2f}",
             f"{r.best_ms:.1f}",
             f"{r.median_ms:.1f}",
             f"{r.time_of_plain:.3f}",
