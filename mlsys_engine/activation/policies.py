@@ -15,7 +15,7 @@ from mlsys_engine.activation.budget import ActivationPlan, parse_budget, plan
 from mlsys_engine.activation.checkpointing import apply_actions
 from mlsys_engine.activation.forwards import ReplacedForward
 from mlsys_engine.activation.options import candidates
-from mlsys_engine.errors import ConfigError
+from mlsys_engine.errors import ConfigError, did_you_mean
 
 BUDGET = "budget"
 
@@ -99,12 +99,13 @@ def resolve(model: nn.Module, activation: str | ActivationPlan | None) -> dict[s
 
 def check_budget(budget: float | str) -> None:
     """Raises ConfigError for what is no policy, no part and no size."""
-    try:
-        parse_budget(budget)
-    except ConfigError as error:
-        if isinstance(budget, str) and not budget.strip()[:1].isdigit():
-            blocks.resolve(nn.Identity(), budget)  # says which policies there are
-        raise error
+    if isinstance(budget, str) and not budget.strip()[:1].isdigit():
+        raise ConfigError(
+            f"activation={budget!r} was given.",
+            f'It is a policy ({", ".join(blocks.POLICIES)}) or a budget, such as 0.5, "50%" or "6GiB".',
+            did_you_mean(budget, blocks.POLICIES),
+        )
+    parse_budget(budget)
 
 
 class PlanningForward(ReplacedForward):
