@@ -62,7 +62,7 @@ class Text:
         corpus = stdlib_corpus(max_bytes=2_000_000)
         self._parts = {True: torch.tensor(corpus.train), False: torch.tensor(corpus.validation)}
 
-    def model(self) -> nn.Module:
+    def model(self) -> GPT:
         return GPT(GPTConfig(vocab_size=256, context_length=64, num_layers=2, num_heads=2, width=64))
 
     def batch(self, generator: torch.Generator, *, train: bool) -> tuple[Tensor, Tensor]:
@@ -104,21 +104,36 @@ class Digits:
 Task = Text | Digits
 
 
+def fit(task: Task, model: nn.Module, optimizer: AdamW, seed: int, steps: int) -> list[float]:
+    """Trains on the seed's batches, warmed up and decayed to zero; the loss of every step."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = task.lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        loss = task.loss(model, *task.batch(generator, train=True))
+        loss.backward()
+        optimizer.step_scaled(zero_grad=True)
+        losses.append(loss.item())
+    return losses
+
+
+def validation_loss(task: Task, model: nn.Module) -> float:
+    """The mean loss of 20 batches that no training sees, the same ones for every model."""
+    generator = torch.Generator().manual_seed(10**6)
+    with torch.no_grad():
+        return statistics.fmean(
+            float(task.loss(model, *task.batch(generator, train=False))) for _ in range(20)
+        )
+
+
 def train(task: Task, form: str, seed: int, steps: int) -> tuple[float, list[Tensor]]:
     """The validation loss, and the parameters, after training in one form from one seed."""
     dtype, options = FORMS[form]
     torch.manual_seed(seed)
     model = task.model().to(dtype)
     optimizer = AdamW(model.named_parameters(), lr=task.lr, weight_decay=0.1, **options)
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = task.lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
-        task.loss(model, *task.batch(generator, train=True)).backward()
-        optimizer.step_scaled(zero_grad=True)
-    generator = torch.Generator().manual_seed(10**6)
-    with torch.no_grad():
-        losses = [float(task.loss(model, *task.batch(generator, train=False))) for _ in range(20)]
-    return statistics.fmean(losses), [parameter.detach().clone() for parameter in model.parameters()]
+    fit(task, model, optimizer, seed, steps)
+    return validation_loss(task, model), [parameter.detach().clone() for parameter in model.parameters()]
 
 
 COLUMNS = ("task", "form", "mean", "standard deviation", "from fp32, in its deviations")
