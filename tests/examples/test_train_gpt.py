@@ -34,14 +34,15 @@ def _train(launcher: str, num_ranks: int, run_dir: Path, *options: str) -> dict[
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Losses under our own launcher, trained once for each number of ranks."""
-    known: dict[int, dict[int, str]] = {}
+    """Losses under our own launcher, trained once for each number of ranks and options."""
+    known: dict[tuple[int, tuple[str, ...]], dict[int, str]] = {}
 
-    def losses_of(num_ranks: int) -> dict[int, str]:
-        if num_ranks not in known:
+    def losses_of(num_ranks: int, *options: str) -> dict[int, str]:
+        if (num_ranks, options) not in known:
             launcher = "single" if num_ranks == 1 else "local"
-            known[num_ranks] = _train(launcher, num_ranks, tmp_path_factory.mktemp("reference"))
-        return known[num_ranks]
+            folder = tmp_path_factory.mktemp("reference")
+            known[num_ranks, options] = _train(launcher, num_ranks, folder, *options)
+        return known[num_ranks, options]
 
     return losses_of
 
@@ -114,9 +115,9 @@ def _train_until_signalled(
     ],
 )
 def test_a_job_that_is_told_to_end_saves_first_and_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, launcher: str, number: signal.Signals, to_a_rank: bool, status: int
+    tmp_path: Path, launcher: str, number: signal.Signals, *, to_a_rank: bool, status: int, reference: Any
 ) -> None:
-    whole = _train("local", 2, tmp_path / "whole", "--dropout", "0.1")
+    whole = reference(2, "--dropout", "0.1")
     run_dir = tmp_path / "parts"
     ended, before = _train_until_signalled(launcher, run_dir, number, 4, to_a_rank=to_a_rank)
     assert ended == status

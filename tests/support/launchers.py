@@ -24,6 +24,8 @@ LAUNCHERS = (
     pytest.param("openmpi", marks=pytest.mark.mpi),
     pytest.param("mpich", marks=pytest.mark.mpi),
 )
+# Between two looks at what other processes do: looking all the time takes a core from them.
+LOOK_S = 0.01
 # Variables by which a launcher around the tests themselves would be mistaken for the one under test.
 _FOREIGN = ("OMPI_", "PMI", "PMIX_", "SLURM_", "TORCHELASTIC_", "MPI4PY_", "MLSYS_LISTEN", "MLSYS_LAUNCHER")
 _PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -113,4 +115,5 @@ def wait_for_file(path: Path, timeout_s: float = 120.0) -> str:
     deadline = time.monotonic() + timeout_s
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < deadline, f"{path} did not appear within {timeout_s} s"
+        time.sleep(LOOK_S)
     return path.read_text()

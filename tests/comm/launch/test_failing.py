@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launchers import LAUNCHERS, alive, command_of, environment, wait_for_file
+from tests.support.launchers import LAUNCHERS, LOOK_S, alive, command_of, environment, wait_for_file
 
 FAIL = str(Path(__file__).parent / "programs" / "fail_on_one_rank.py")
 # Far below every timeout that would end a hang by itself (60 s), far above what leaving takes (under 1 s).
@@ -39,6 +39,7 @@ def _run(launcher: str, num_ranks: int, culprit: int, kind: str, folder: Path) -
             pids = [int((folder / f"pid{rank}").read_text()) for rank in range(num_ranks)]
             while any(alive(pid) for pid in pids):
                 assert time.time() - failed_at < HANG_S, "a rank did not leave"
+                time.sleep(LOOK_S)
             leave_s = time.time() - failed_at
             status = job.wait(HANG_S * 3)  # torchrun itself takes seconds to end
         finally:

@@ -15,7 +15,7 @@ import pytest
 
 from mlsys_engine.comm.launch import launch_local
 from mlsys_engine.errors import LaunchError
-from tests.support.launchers import alive, wait_for_file
+from tests.support.launchers import LOOK_S, alive, wait_for_file
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -155,6 +155,7 @@ def test_a_rank_that_leaves_as_the_signal_asked_gives_the_others_time_to_save(tm
     deadline = time.monotonic() + 60
     while alive(pids[1]):
         assert time.monotonic() < deadline, "a rank did not leave"
+        time.sleep(LOOK_S)
     (tmp_path / "the other has left").touch()
     assert launcher.wait(60) == 130
 
@@ -183,3 +184,4 @@ def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(LOOK_S)
