@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
+from mlsys_engine.activation import picture, table
 from mlsys_engine.activation.blocks import KEEP, resolve
 from mlsys_engine.activation.chain import Chain, Schedule
 from mlsys_engine.activation.checkpointing import apply_actions, uncheckpoint
@@ -51,7 +54,18 @@ class ActivationPlan:
         return apply_actions(model, dict(self.actions))
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(table.lines(self))
+
+    def picture(self, width: int = 72) -> str:
+        """For a terminal: what each block keeps, and the memory over the schedule's steps against the budget.
+
+        At most `width` steps stand side by side; of a longer schedule neighbours share a column.
+        """
+        return "\n".join(picture.lines(self, width))
+
+    def save_picture(self, path: str | os.PathLike[str]) -> None:
+        """Writes an SVG: memory over the time of the schedule's steps, the plain model's and the budget."""
+        Path(path).write_text(picture.svg(self), encoding="utf-8")
 
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON; `from_json` gives back an equal value."""
@@ -278,32 +292,3 @@ def _without_needless(actions: dict[str, str], measured: Profile) -> dict[str, s
 
 def _block_names(model: nn.Module) -> list[str]:
     return list(resolve(model, "full"))
-
-
-def _lines(plan: ActivationPlan) -> list[str]:
-    actions = dict(plan.actions)
-    chain: Chain = plan.profile.chain
-    width = max(len(name) for name in (*plan.profile.names, "block"))
-    lines = [
-        f"Activations: {_size(plan.measured_peak_bytes)} of a budget of {_size(plan.budget_bytes)} "
-        f"(predicted {_size(plan.predicted_peak_bytes)}); everything kept is "
-        f"{_size(plan.profile.plain_peak_bytes)}.",
-        f"Forward and backward: {plan.measured_seconds * 1e3:.1f} ms; everything kept takes "
-        f"{plan.profile.plain_seconds * 1e3:.1f} ms.",
-        f"  {'block':<{width}}  {'keeps':>10}  {'forward':>10}  {'backward':>10}  action",
-    ]
-    for name, block in zip(plan.profile.names, chain.blocks, strict=False):
-        option = block.options[0]
-        lines.append(
-            f"  {name:<{width}}  {_size(option.saved_bytes):>10}  {option.forward_s * 1e3:>7.2f} ms"
-            f"  {option.backward_s * 1e3:>7.2f} ms  {actions.get(name, KEEP)}"
-        )
-    lines.append(f"  outside of the blocks {_size(plan.profile.fixed_bytes)}")
-    return lines
-
-
-def _size(num_bytes: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes} B"

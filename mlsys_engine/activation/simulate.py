@@ -20,7 +20,14 @@ class Simulation:
     """What the steps of a schedule take together."""
 
     seconds: float
-    peak_bytes: int
+    step_seconds: tuple[float, ...]
+    step_bytes: tuple[int, ...]  # the peak while each step runs
+    kept_bytes: tuple[int, ...]  # of each block, between the forward's end and the first backward
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at a time."""
+        return max(self.step_bytes)
 
 
 def simulate(chain: Chain, schedule: Schedule) -> Simulation:
@@ -45,7 +52,12 @@ def simulate(chain: Chain, schedule: Schedule) -> Simulation:
             "Every block's backward runs once.",
             "Solve again for this chain.",
         )
-    return Simulation(seconds=replay.seconds, peak_bytes=replay.peak_bytes)
+    return Simulation(
+        seconds=replay.seconds,
+        step_seconds=tuple(replay.step_seconds),
+        step_bytes=tuple(replay.step_bytes),
+        kept_bytes=replay.kept_bytes,
+    )
 
 
 class _Replay:
@@ -54,7 +66,10 @@ class _Replay:
     def __init__(self, chain: Chain) -> None:
         self._blocks = chain.blocks
         self.num_left = len(chain)  # backwards to come: of the blocks 0 ... num_left - 1
-        self.seconds, self.peak_bytes = 0.0, 0
+        self.seconds = 0.0
+        self.step_seconds: list[float] = []
+        self.step_bytes: list[int] = []
+        self.kept_bytes: tuple[int, ...] = ()
         self._inputs: dict[int, int] = {}  # block -> bytes of its input, stored on its own
         self._saved: dict[int, OptionCosts] = {}
         self._last_output_for: int | None = None  # the block that the last step's output is the input of
@@ -76,6 +91,8 @@ class _Replay:
     def run(self, step: Step) -> None:
         block = self._blocks[step.block]
         if step.action == BACKWARD:
+            if self.num_left == len(self._blocks):
+                self.kept_bytes = tuple(self._held(place) for place in range(self.num_left))
             used = self._saved.pop(step.block)
             self._count(used.backward_s, used.backward_peak_bytes)
             self._inputs.pop(step.block, None)
@@ -111,7 +128,12 @@ class _Replay:
         whole = self.num_left == len(self._blocks)
         return 0 if whole else self._blocks[self.num_left - 1].output_gradient_bytes
 
+    def _held(self, block: int) -> int:
+        option = self._saved.get(block)
+        return self._inputs.get(block, 0) + (0 if option is None else option.saved_bytes)
+
     def _count(self, seconds: float, step_bytes: int) -> None:
         held = sum(self._inputs.values()) + sum(option.saved_bytes for option in self._saved.values())
         self.seconds += seconds
-        self.peak_bytes = max(self.peak_bytes, held + step_bytes)
+        self.step_seconds.append(seconds)
+        self.step_bytes.append(held + step_bytes)

@@ -11,12 +11,13 @@ Point = tuple[float, float]
 
 WIDTH, HEIGHT = 880, 480
 LEFT, RIGHT, TOP, BOTTOM = 68, 24, 76, 52  # margins of the plotting area, in pixels
+_LEGEND_LINE = 20
 MAX_POINTS = 800  # a longer series keeps each bucket's lowest and highest point, so that spikes stay visible
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve; `marked` draws a dot with a tooltip at each point."""
+    """One curve; `marked` draws a dot with a tooltip at each point. Without a label it has no legend."""
 
     label: str
     points: Sequence[Point]
@@ -39,6 +40,7 @@ class _Axes:
 
     x_ticks: tuple[float, ...]
     y_ticks: tuple[float, ...]
+    top: int = TOP  # of the plotting area: lower when the legend takes more than a line
 
     def x(self, value: float) -> float:
         low, high = self.x_ticks[0], self.x_ticks[-1]
@@ -46,7 +48,7 @@ class _Axes:
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - self.top - BOTTOM)
 
 
 def line_chart(
@@ -63,7 +65,9 @@ def line_chart(
     lost = sum(len(curve.points) for curve in series) - len(finite)
     xs = [x for x, _ in finite] or [0.0, 1.0]
     ys = [y for _, y in finite] + [level.y for level in levels] or [0.0, 1.0]
-    axes = _Axes(ticks(min(xs), max(xs)), ticks(min(ys), max(ys)))
+    legend, num_lines = _legend(series)
+    top = TOP + _LEGEND_LINE * (num_lines - 1)
+    axes = _Axes(ticks(min(xs), max(xs)), ticks(min(ys), max(ys)), top)
     notes = [note] if note else []
     if lost:
         notes.append(f"{lost} point{'s' * (lost > 1)} not finite")
@@ -78,8 +82,8 @@ def line_chart(
         _text(WIDTH - RIGHT, 28, "; ".join(notes), anchor="end", fill="#777777", size=12),
         *_grid(axes, x_label, y_label),
         *_levels(axes, levels),
-        *(part for curve in series for part in _curve(axes, curve)),
-        *_legend(series),
+        *(part for curve in series for part in _curve(axes, curve, x_label)),
+        *legend,
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -110,7 +114,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def _grid(axes: _Axes, x_label: str, y_label: str) -> list[str]:
-    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    left, right, top, bottom = LEFT, WIDTH - RIGHT, axes.top, HEIGHT - BOTTOM
     parts = []
     for value in axes.y_ticks:
         y = axes.y(value)
@@ -141,7 +145,7 @@ def _levels(axes: _Axes, levels: Sequence[Level]) -> list[str]:
     return parts
 
 
-def _curve(axes: _Axes, curve: Series) -> list[str]:
+def _curve(axes: _Axes, curve: Series, x_label: str) -> list[str]:
     parts = []
     for run in _finite_runs(curve.points):
         pixels = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in thin(run))
@@ -152,7 +156,7 @@ def _curve(axes: _Axes, curve: Series) -> list[str]:
         if curve.marked:
             parts.extend(
                 f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.5" fill="{curve.color}">'
-                f"<title>{escape(curve.label)}: {y:.4f} at step {x:g}</title></circle>"
+                f"<title>{escape(curve.label)}: {y:.4f} at {escape(x_label)} {x:g}</title></circle>"
                 for x, y in thin(run)
             )
     return parts
@@ -168,15 +172,23 @@ def _finite_runs(points: Sequence[Point]) -> list[list[Point]]:
     return [run for run in runs if run]
 
 
-def _legend(series: Sequence[Series]) -> list[str]:
-    parts, x = [], float(LEFT)
+def _legend(series: Sequence[Series]) -> tuple[list[str], int]:
+    """The legend and how many lines it takes."""
+    parts: list[str] = []
+    x, num_lines = float(LEFT), 1
     for curve in series:
+        if not curve.label:
+            continue
+        width = 28 + 7.2 * len(curve.label)
+        if x > LEFT and x + width > WIDTH - RIGHT:
+            x, num_lines = float(LEFT), num_lines + 1
+        y = 50 + _LEGEND_LINE * (num_lines - 1)
         parts.append(
-            f'<path d="M{x:.0f} 50h22" stroke="{curve.color}" stroke-width="{max(2.0, curve.width)}"/>'
+            f'<path d="M{x:.0f} {y}h22" stroke="{curve.color}" stroke-width="{max(2.0, curve.width)}"/>'
         )
-        parts.append(_text(x + 28, 54, curve.label))
-        x += 28 + 7.2 * len(curve.label) + 24
-    return parts
+        parts.append(_text(x + 28, y + 4, curve.label))
+        x += width + 24
+    return parts, num_lines
 
 
 def _text(

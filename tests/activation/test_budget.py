@@ -172,7 +172,7 @@ def test_a_plan_survives_json_and_prints_a_line_a_block() -> None:
     plan = activation.plan(model, sample, "60%", repeats=1)
     assert ActivationPlan.from_json(plan.to_json()) == plan
     lines = str(plan).splitlines()
-    assert "of a budget of" in lines[0] and len(lines) == 3 + 6 + 1
+    assert "of a budget of" in lines[0] and len(lines) == 3 + 6 + 3
     assert dict(plan.actions).keys() == {line.split()[0] for line in lines if "recompute" in line}
 
 

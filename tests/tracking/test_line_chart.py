@@ -92,3 +92,21 @@ def test_ticks_are_evenly_spaced_and_enclose_the_range(low: float, high: float) 
     assert 2 <= len(found) <= 9
     assert found[0] <= low + 1e-9 and high - 1e-9 <= found[-1]
     assert max(steps) == pytest.approx(min(steps))
+
+
+def test_a_long_legend_takes_more_lines_and_the_curves_stay_below_it() -> None:
+    points = [(0, 1.0), (1, 2.0)]
+    root = _draw(
+        *(Series(label=f"a long label {i} of a curve", points=points, color="#000") for i in range(9))
+    )
+    names = [text for text in root.iter(f"{_SVG}text") if (text.text or "").startswith("a long label")]
+    lowest = max(float(text.get("y", "")) for text in names)
+    assert len(names) == 9 and lowest < min(y for line in _points(root) for _, y in line)
+    assert all(float(text.get("x", "")) + 7 * len(text.text or "") < WIDTH for text in names)
+
+
+def test_a_curve_without_a_label_is_drawn_without_a_legend() -> None:
+    root = _draw(Series(label="", points=[(0, 1.0), (1, 2.0)], color="#000"))
+    named = _draw(Series(label="train", points=[(0, 1.0), (1, 2.0)], color="#000"))
+    assert _points(root) == _points(named)
+    assert len(list(root.iter(f"{_SVG}path"))) == len(list(named.iter(f"{_SVG}path"))) - 1
