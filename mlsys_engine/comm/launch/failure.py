@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from mlsys_engine.comm.faults import poison
 from mlsys_engine.comm.launch.environment import SharedLaunchError
+from mlsys_engine.comm.launch.last_words import wait_until_read
 from mlsys_engine.comm.launch.mpi import leave_through_abort
 from mlsys_engine.errors import NativeBuildError, PeerFailedError, UserError
 
@@ -36,6 +37,8 @@ _LINGER_S = 0.15
 # Rank 0 may host the store by which the failing ranks settle who tells; it stays up to this long for them.
 _HOST_LINGER_S = 0.3
 _STORE_TIMEOUT_S = 0.3
+# A launcher has this long to read the traceback before it is told to end the job.
+_READ_S = 0.3
 _TOLD_WITHOUT_TRACEBACK = (UserError, NativeBuildError)
 
 _Result = TypeVar("_Result")
@@ -78,6 +81,7 @@ class FailureHook:
                 poison(_one_line(f"{kind.__name__}: {error}"))
         self._wait_for_the_others()
         if not every_rank_fails:
+            self._wait_until_read()
             leave_through_abort(status)
         self._leave(status, linger_s=0.0 if is_first else _LINGER_S)
 
@@ -111,6 +115,11 @@ class FailureHook:
         with contextlib.suppress(OSError, ValueError):  # a closed stderr must not keep the rank from leaving
             sys.stderr.write(text if text.endswith("\n") else text + "\n")
             sys.stderr.flush()
+
+    @staticmethod
+    def _wait_until_read() -> None:
+        with contextlib.suppress(OSError, ValueError):  # a stderr without a descriptor
+            wait_until_read(sys.stderr.fileno(), _READ_S)
 
     @staticmethod
     def _leave(status: int, *, linger_s: float) -> None:
