@@ -172,15 +172,17 @@ def _of_one_option(
         chain = Chain(blocks=(*alone, rest))
         if room < memory_range(chain).least_bytes:
             continue
-        trial = _tried(model, run, measured, curve(chain, [room]).schedules[0])
-        known = [other.actions for other in (chosen, *trials)]
-        if trial.peak_bytes <= budget_bytes and trial.actions not in known:
+        schedule = curve(chain, [room]).schedules[0]
+        if any(_actions(schedule, measured) == other.actions for other in (chosen, *trials)):
+            continue
+        trial = _tried(model, run, measured, schedule)
+        if trial.peak_bytes <= budget_bytes:
             trials.append(trial)
     return trials
 
 
 def _tried(model: nn.Module, run: Call, measured: Profile, schedule: Schedule) -> _Trial:
-    actions = _without_needless(actions_of(schedule, measured.names), measured)
+    actions = _actions(schedule, measured)
     with _applied(model, actions):
         return _Trial(schedule, actions, peak_and_seconds(model, run, 0)[0])
 
@@ -281,8 +283,9 @@ def _check_plain(model: nn.Module) -> None:
             )
 
 
-def _without_needless(actions: dict[str, str], measured: Profile) -> dict[str, str]:
-    """Blocks that keep everything have no action, unless they must not fill a cache, or wait for offloads."""
+def _actions(schedule: Schedule, measured: Profile) -> dict[str, str]:
+    """Each block's action; one that keeps everything needs none, unless it must not fill a cache, or wait."""
+    actions = actions_of(schedule, measured.names)
     recomputes = any(parse(action) for action in actions.values())
     offloads = any(action.endswith(OFFLOAD) for action in actions.values())
     if offloads or (measured.takes_cache and recomputes):

@@ -36,7 +36,7 @@ def trace(
     Called when a plan is made. `sample` is one microbatch; `call(model, sample)` says how the model takes it.
     Both may be on the meta device. Everything runs on fake tensors and leaves no trace on the model: neither
     on values nor on random states. `blocks` are FQNs; None takes what repeats (`block_names`). Without
-    `gradients` the forward runs alone, in half the time, and nothing is known about the backward.
+    `gradients` the forward runs alone, in less time, and nothing is known about the backward.
 
     Without a sample, or when the model cannot run without data, there are no calls, the order is that of
     registration, and `order_source` says why. With `compute=True` such a model is run for real, once, and put
