@@ -79,7 +79,11 @@ class Executor:
         stage, microbatch = _place(action)
         arrived = None if stage == 0 else partial(self._take_forward, stage, microbatch, job)
         output, message = self._stages[stage].forward(
-            microbatch, partial(job.call, microbatch), arrived, split=(stage, microbatch) in job.split
+            microbatch,
+            partial(job.call, microbatch),
+            arrived,
+            signature=job.signatures[microbatch],
+            split=(stage, microbatch) in job.split,
         )
         job.lap("forward")
         if stage + 1 == len(self._placement):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ class PartResult(Protocol):
 class Part(Protocol):
     """A stage's part of a model's forward (pipeline.partial.StagePart)."""
 
-    def run(self, forward: Call, receive: Receive) -> PartResult: ...
+    def run(self, forward: Call, receive: Receive, *, signature: Hashable) -> PartResult: ...
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Stage:
             if names := tie.names(stage):
                 own = self._owned if tie.owner == stage else self._borrowed
                 own[tie.name] = model.get_parameter(names[0])
-                paths = [name.rpartition(".") for name in names]
+                # All its names, also those on other stages: it stays one parameter while it is replaced.
+                paths = [name.rpartition(".") for _, every in tie.fqns for name in every]
                 self._slots[tie.name] = [(model.get_submodule(path), leaf) for path, _, leaf in paths]
         # Shares that cross from the next stage, and to the one before, as the last tensors of a message.
         shapes = {
@@ -85,11 +86,18 @@ class Stage:
         self._shares_back = {t.name: shapes[t.name] for t in ties if t.owner < stage <= t.stages[-1]}
 
     def forward(
-        self, microbatch: int, call: Call, arrived: Callable[[], Message] | None, *, split: bool
+        self,
+        microbatch: int,
+        call: Call,
+        arrived: Callable[[], Message] | None,
+        *,
+        signature: Hashable,
+        split: bool,
     ) -> tuple[Any, Message]:
         """Runs its part of `call`; the output (None before the last stage), and what crosses to the next.
 
-        `arrived` waits for what crosses from the stage before. With `split` the backward comes in halves.
+        `arrived` waits for what crosses from the stage before; `signature` is equal for microbatches of the
+        same form. With `split` the backward comes in halves.
         """
         inbox = _Inbox(arrived, self._device)
         halves = SplitBackward() if split and torch.is_grad_enabled() else None
@@ -97,7 +105,7 @@ class Stage:
             aliases = stack.enter_context(self._aliased())
             if halves is not None:
                 stack.enter_context(halves)
-            result = self._part.run(call, inbox.receive)
+            result = self._part.run(call, inbox.receive, signature=signature)
         inbox.close(self._stage, microbatch)
         sent = tuple(result.sent)
         state = None if self._is_last else generator_state(self._device)

@@ -73,7 +73,7 @@ class CutPart:
     def __init__(self, model: Cut, stage: int) -> None:
         self.model, self.stage = model, stage
 
-    def run(self, forward, receive):
+    def run(self, forward, receive, *, signature):
         self.model.part, self.model.sent = (self.stage, receive), ()
         try:
             return Result(forward(), ())
