@@ -1,6 +1,6 @@
-"""Pipeline parallelism: schedules as values, their simulator, and a search for uneven stages."""
+"""Pipeline parallelism: schedules as values, their simulator, a search, and the split into stages."""
 
-from mlsys_engine.pipeline import schedules
+from mlsys_engine.pipeline import schedules, split
 from mlsys_engine.pipeline.actions import Action, DeadlockError, ScheduleError
 from mlsys_engine.pipeline.costs import PipelineCosts, StageCosts
 from mlsys_engine.pipeline.lowering import with_messages, with_reductions
@@ -19,6 +19,7 @@ __all__ = [
     "schedules",
     "search",
     "simulate",
+    "split",
     "with_messages",
     "with_reductions",
 ]

@@ -98,12 +98,15 @@ class SplitBackward(TorchFunctionMode):
         )
 
     def _product(self, func: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
-        inputs = [
-            place
-            for place, leaf in enumerate(leaves)
-            if isinstance(leaf, torch.Tensor) and not self._is_deferred(leaf)
-        ]
-        parameters = [leaf for leaf in leaves if self._is_deferred(leaf)]
+        leaves, parameters = list(leaves), []
+        inputs = []
+        for place, leaf in enumerate(leaves):
+            if self._is_deferred(leaf):
+                # Its graph ends in a leaf of its own: hooks on the parameter are for the sum of all uses.
+                parameters.append((leaf, leaf.detach().requires_grad_()))
+                leaves[place] = parameters[-1][1]
+            elif isinstance(leaf, torch.Tensor):
+                inputs.append(place)
 
         def call(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             given = list(leaves)
@@ -127,7 +130,7 @@ class _Product(torch.autograd.Function):
         anchor: torch.Tensor,
         uses: list[_Use],
         call: Callable[[Sequence[torch.Tensor]], torch.Tensor],
-        parameters: list[nn.Parameter],
+        parameters: list[tuple[nn.Parameter, torch.Tensor]],
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
         own = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
@@ -148,8 +151,9 @@ class _Product(torch.autograd.Function):
                 found[place] = value
 
         def use() -> Iterable[tuple[nn.Parameter, torch.Tensor | None]]:
-            gradients = torch.autograd.grad(output, parameters, gradient, allow_unused=True)
-            return zip(parameters, gradients, strict=True)
+            leaves = [leaf for _, leaf in parameters]
+            gradients = torch.autograd.grad(output, leaves, gradient, allow_unused=True)
+            return zip([parameter for parameter, _ in parameters], gradients, strict=True)
 
         ctx.uses.append(use)
         ctx.own = ctx.output = None

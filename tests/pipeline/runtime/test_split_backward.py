@@ -62,12 +62,13 @@ def test_two_halves_give_the_bits_of_a_whole_backward_over_several_microbatches(
 def test_hooks_on_a_parameter_run_once_a_microbatch_and_in_the_second_half():
     model, calls = nn.Linear(4, 4), []
     model.weight.register_post_accumulate_grad_hook(calls.append)
+    model.weight.register_hook(lambda gradient: calls.append("of the gradient"))
     with SplitBackward() as mode:
         loss = model(model(torch.ones(2, 4))).sum()
     loss.backward()
     assert not calls
     mode.weights()
-    assert calls == [model.weight]
+    assert calls == ["of the gradient", model.weight]
 
 
 def test_a_first_term_is_what_the_sum_of_a_microbatch_begins_with():
