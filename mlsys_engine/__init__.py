@@ -17,6 +17,7 @@ from mlsys_engine import (
     optim,
     pipeline,
     telemetry,
+    tensor_parallel,
     trace,
     tracking,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "pipeline",
     "plan",
     "telemetry",
+    "tensor_parallel",
     "trace",
     "tracking",
     "wrap",
