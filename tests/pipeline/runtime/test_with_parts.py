@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from mlsys_engine.pipeline.partial import StagePart, find_units
 
 from mlsys_engine.numerics import call_model, loss_sum_and_count
 from mlsys_engine.pipeline import split
+from mlsys_engine.pipeline.partial import StagePart, find_units
 from mlsys_engine.pipeline.runtime import PipelineAccumulation, PlannedSchedule, find_ties, stage_of
 from mlsys_engine.pipeline.runtime.cut import cut
 from mlsys_engine.pipeline.runtime.random_state import restored, seed_microbatch
