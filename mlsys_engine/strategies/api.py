@@ -13,7 +13,7 @@ from torch import nn
 from mlsys_engine import activation as activation_policies
 from mlsys_engine.comm.launch import World, current_world, init
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.numerics import Loss, call_model
+from mlsys_engine.numerics import Loss
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import Plan, Runner
 from mlsys_engine.strategies.activations import (
@@ -23,11 +23,10 @@ from mlsys_engine.strategies.activations import (
     check_activation,
     is_budget,
 )
-from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Strategy
+from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Strategy, Subject
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.lazy import LazyRunner
 from mlsys_engine.strategies.registry import from_name, strategy_type
-from mlsys_engine.trace import EXECUTION, Trace, trace
 
 
 def plan(
@@ -83,7 +82,7 @@ def _plan(
     checked = PlanOptions(**options)  # before anything runs
     if is_budget(activation):
         checked = replace(checked, activation=actions_for_budget(model, activation, sample, measuring))
-    return chosen.plan(_trace(model, sample), _world_size(world), checked)
+    return chosen.plan(Subject(model, sample, measuring.loss), _world_size(world), checked)
 
 
 def apply(
@@ -201,18 +200,6 @@ def _check_model(model: object) -> None:
             "The model is a torch.nn.Module.",
             "Pass the module itself.",
         )
-
-
-def _trace(model: nn.Module, sample: Any) -> Trace:
-    """The trace; a tuple is tried as all of the model's arguments, then as (input, what the loss needs).
-
-    No strategy reads what only gradients tell, and without them checkpointed blocks run plainly.
-    """
-    found = trace(model, sample, call=partial(call_model, with_loss=False), gradients=False)
-    if sample is not None and found.order_source != EXECUTION:
-        again = trace(model, sample, call=partial(call_model, with_loss=True), gradients=False)
-        return again if again.order_source == EXECUTION else found
-    return found
 
 
 def _world_size(world: int | World | None) -> int:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from functools import cached_property, partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from mlsys_engine.comm.launch import World
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.numerics import Loss
+from mlsys_engine.numerics import Loss, call_model
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import NUMERICS_MODES, PRECISIONS, Plan, Runner
-from mlsys_engine.trace import Trace
+from mlsys_engine.trace import EXECUTION, Trace, trace
+from mlsys_engine.trace.execution import Call
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
@@ -53,12 +55,43 @@ class PlanOptions:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What a plan is made for: a model, a batch that it is fed, and the loss of its training."""
+
+    model: nn.Module
+    sample: Any = None
+    loss: Loss | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """What runs in which order; of the model's registration where there is no sample."""
+        return self._traced[0]
+
+    @property
+    def call(self) -> Call:
+        """How the sample goes into the model: all of it, or the first of a pair whose rest is the loss's."""
+        return self._traced[1]
+
+    @cached_property
+    def _traced(self) -> tuple[Trace, Call]:
+        # A tuple is tried as all of the model's arguments, then as (input, what the loss needs). No strategy
+        # reads what only gradients tell, and without them checkpointed blocks run plainly.
+        whole, first = (partial(call_model, with_loss=with_loss) for with_loss in (False, True))
+        found = trace(self.model, self.sample, call=whole, gradients=False)
+        if self.sample is not None and found.order_source != EXECUTION:
+            again = trace(self.model, self.sample, call=first, gradients=False)
+            if again.order_source == EXECUTION:
+                return again, first
+        return found, whole
+
+
 class Strategy(Protocol):
     """One way to lay out training. A new one is one file and one line in `registry.STRATEGIES`."""
 
     name: ClassVar[str]
 
-    def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
+    def plan(self, subject: Subject, world_size: int, options: PlanOptions) -> Plan:
         """The layout of a model on `world_size` ranks. Needs none; raises ConfigError for what cannot be."""
 
     @staticmethod

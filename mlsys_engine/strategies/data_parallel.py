@@ -20,7 +20,7 @@ from mlsys_engine.errors import ConfigError, did_you_mean
 from mlsys_engine.numerics import PRECISION_RULES, Loss
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import SHARD_LEVELS, SYNC_MODES, Bucket, MeshAxis, Plan, Runner
-from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions
+from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Subject
 from mlsys_engine.trace import Trace
 
 _COMPRESSIONS = (None, "bf16", "int8", "powersgd")
@@ -80,8 +80,9 @@ class DataParallel:
             )
         _check_count(field, value, least)
 
-    def plan(self, trace: Trace, world_size: int, options: PlanOptions) -> Plan:
+    def plan(self, subject: Subject, world_size: int, options: PlanOptions) -> Plan:
         """The buckets of the model's trainable parameters, and the options. Needs no ranks."""
+        trace = subject.trace
         self._check_precision(trace, options.precision)
         pure = PRECISION_RULES[options.precision].parameters is not None
         buckets = layout_buckets(trace, self.bucket_mib, gradients=torch.float32 if pure else None)

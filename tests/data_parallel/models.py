@@ -10,7 +10,7 @@ from torch import nn
 from mlsys_engine.data_parallel.build import build_runner
 from mlsys_engine.plan import Plan
 from mlsys_engine.strategies import DataParallel, PlanOptions
-from mlsys_engine.trace import trace
+from mlsys_engine.strategies.base import Subject
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -34,7 +34,9 @@ def pairs(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plan_of(model: nn.Module, sample=None, world_size: int = 1, bucket_mib: float = 25.0, **options) -> Plan:
-    return DataParallel(bucket_mib=bucket_mib).plan(trace(model, sample), world_size, PlanOptions(**options))
+    return DataParallel(bucket_mib=bucket_mib).plan(
+        Subject(model, sample), world_size, PlanOptions(**options)
+    )
 
 
 def alone(

@@ -12,7 +12,7 @@ import torch
 from mlsys_engine import comm, optim, strategies
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.strategies import DataParallel, PlanOptions
-from mlsys_engine.trace import trace
+from mlsys_engine.strategies.base import Subject
 from tests.data_parallel.models import mlp, pairs, squared_error
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -199,7 +199,7 @@ def test_ranks_agree_to_skip_a_step_whose_gradient_is_not_finite(run_ranks, name
 
 def test_the_plan_names_the_compression_and_its_settings():
     def plan(**settings):
-        return DataParallel(**settings).plan(trace(mlp()), 2, PlanOptions())
+        return DataParallel(**settings).plan(Subject(mlp()), 2, PlanOptions())
 
     plain, int8 = plan(), plan(compression="int8")
     powersgd = plan(compression="powersgd", powersgd_rank=3)
@@ -227,4 +227,4 @@ def test_settings_that_cannot_work_are_refused_before_ranks_start(settings, mess
 @pytest.mark.parametrize("name", SETTINGS)
 def test_gradients_of_another_type_than_float32_are_refused_by_the_plan(name):
     with pytest.raises(ConfigError, match="Only float32 gradients"):
-        DataParallel(**SETTINGS[name]).plan(trace(mlp().double()), 2, PlanOptions())
+        DataParallel(**SETTINGS[name]).plan(Subject(mlp().double()), 2, PlanOptions())

@@ -11,7 +11,7 @@ from mlsys_engine.data_parallel.sharded_device import DeviceShardUpdate
 from mlsys_engine.numerics import gradient_scale
 from mlsys_engine.optim.kernels import is_native
 from mlsys_engine.strategies import DataParallel, PlanOptions
-from mlsys_engine.trace import trace
+from mlsys_engine.strategies.base import Subject
 from tests.data_parallel.models import mlp, pairs, squared_error
 from tests.data_parallel.sharding import ADAMW
 
@@ -29,7 +29,9 @@ def _native_kernels():
 
 def _built(device, world_size, shard):
     model = mlp(width=128)  # a weight of several chunks; every parameter is used
-    plan = DataParallel(shard=shard, bucket_mib=0.01).plan(trace(model, pairs(1)), world_size, PlanOptions())
+    plan = DataParallel(shard=shard, bucket_mib=0.01).plan(
+        Subject(model, pairs(1)), world_size, PlanOptions()
+    )
     return build_runner(
         plan,
         model,

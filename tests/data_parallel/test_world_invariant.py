@@ -13,7 +13,7 @@ from mlsys_engine import optim, strategies
 from mlsys_engine.errors import ConfigError, DataError
 from mlsys_engine.models import GPT, GPTConfig
 from mlsys_engine.strategies import DataParallel, PlanOptions
-from mlsys_engine.trace import trace
+from mlsys_engine.strategies.base import Subject
 from tests.data_parallel.models import mlp, pairs, squared_error
 from tests.support import ranks
 
@@ -131,7 +131,7 @@ def test_what_two_ranks_saved_one_and_four_continue_bit_for_bit(run_ranks, alone
 
 def _plan(strategy=None, world_size=2, model=None, **options):
     options = {"numerics": "world_invariant", "seed": 0} | options
-    return (strategy or DataParallel()).plan(trace(model or mlp()), world_size, PlanOptions(**options))
+    return (strategy or DataParallel()).plan(Subject(model or mlp()), world_size, PlanOptions(**options))
 
 
 def test_the_plan_records_the_leaves_and_the_order_of_sums():

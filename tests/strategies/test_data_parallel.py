@@ -8,11 +8,11 @@ from torch import nn
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.strategies import DataParallel, PlanOptions
-from mlsys_engine.trace import trace
+from mlsys_engine.strategies.base import Subject
 
 
 def _plan(strategy=None, **options):
-    return (strategy or DataParallel()).plan(trace(nn.Linear(4, 2)), 3, PlanOptions(**options))
+    return (strategy or DataParallel()).plan(Subject(nn.Linear(4, 2)), 3, PlanOptions(**options))
 
 
 def test_it_is_a_frozen_value_that_prints_as_it_is_written():
@@ -75,5 +75,5 @@ def test_options_that_cannot_work_are_refused(options, message):
 
 def test_a_plan_is_the_same_for_the_same_model_and_shape():
     model, sample = nn.Linear(4, 2), torch.zeros(1, 4)
-    one, other = (DataParallel().plan(trace(model, sample), 2, PlanOptions()) for _ in range(2))
+    one, other = (DataParallel().plan(Subject(model, sample), 2, PlanOptions()) for _ in range(2))
     assert one.hash == other.hash
