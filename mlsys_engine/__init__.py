@@ -1,8 +1,8 @@
 """mlsys_engine: a distributed training engine with native kernels. Import it as `mls`.
 
-Importing it opens no socket, starts no thread and touches no device. `mls.plan` is the function, although a
-folder of that name holds the Plan: importing the function imports that folder first, and nothing later.
-Inside the package write `from mlsys_engine.plan.x import y`.
+Importing it opens no socket, starts no thread and touches no device. `mls.plan` and `mls.verify` are the
+functions, although folders of those names hold the Plan and the Verdict: importing the function imports that
+folder first, and nothing later. Inside the package write `from mlsys_engine.plan.x import y`.
 """
 
 from mlsys_engine import (
@@ -25,6 +25,7 @@ from mlsys_engine.comm.launch import World, init
 from mlsys_engine.plan import EvalResult, Plan, Runner, StepResult
 from mlsys_engine.strategies import DataParallel, apply, plan, wrap
 from mlsys_engine.trainer import SaveEvery, Trainer, TrainingInterrupted
+from mlsys_engine.verify import Verdict, verify
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "StepResult",
     "Trainer",
     "TrainingInterrupted",
+    "Verdict",
     "World",
     "__version__",
     "activation",
@@ -56,5 +58,6 @@ __all__ = [
     "tensor_parallel",
     "trace",
     "tracking",
+    "verify",
     "wrap",
 ]

@@ -43,9 +43,10 @@ def test_plan_is_the_function_although_a_folder_has_its_name() -> None:
     assert isinstance(mls.plan, types.FunctionType)
 
 
-def test_plan_stays_the_function_after_the_folder_is_imported_from() -> None:
+def test_plan_and_verify_stay_functions_after_their_folders_are_imported_from() -> None:
     code = "import mlsys_engine as mls, types\nfrom mlsys_engine.plan.runner import StepResult\n"
-    code += "import mlsys_engine.plan\nassert isinstance(mls.plan, types.FunctionType)"
+    code += "import mlsys_engine.plan\nimport mlsys_engine.verify.verdict\n"
+    code += "assert isinstance(mls.plan, types.FunctionType) and isinstance(mls.verify, types.FunctionType)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
