@@ -18,6 +18,7 @@ from mlsys_engine.optim import LossScaler
 
 Forward = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # microbatch -> (loss sum, count)
 Lap = Callable[[str], None]  # names the phase that has just ended
+Call = Callable[[Any], Any]  # batch -> the model's output
 OnPart = Callable[[torch.Tensor], None]  # told the count of a microbatch whose gradient is in the arenas
 
 
@@ -29,13 +30,29 @@ class Accumulation(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss sum and the count of this rank's microbatches, 0-d float64."""
 
+    def evaluate(self, batch: Any, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss sum and the count of a batch, without gradients."""
+
+    def predict(self, batch: Any, call: Call) -> Any:
+        """The model's output for a batch, without gradients."""
+
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on: the same on every rank, or nothing."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class InOrder:
+class _WholeBatches:
+    """Runs what needs no gradients as one process does."""
+
+    def evaluate(self, batch: Any, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(batch)
+
+    def predict(self, batch: Any, call: Call) -> Any:
+        return call(batch)
+
+
+class InOrder(_WholeBatches):
     """Autograd adds each microbatch's gradient to those before; the last backward overlaps the reduction."""
 
     def __init__(self, reducer: Reducer, device: torch.device, scaler: LossScaler | None = None) -> None:
@@ -67,7 +84,7 @@ class InOrder:
         pass
 
 
-class LeafTree:
+class LeafTree(_WholeBatches):
     """Every microbatch is a leaf of one fixed tree over the whole global batch, whoever computes it.
 
     Each leaf has its own random numbers, and its gradient is computed apart from the others'. A

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -27,18 +28,24 @@ def layout_buckets(
     bucket_mib: float,
     first_bucket_mib: float = FIRST_BUCKET_MIB,
     gradients: torch.dtype | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[Bucket, ...]:
     """Trainable parameters in the reverse order of their first use, cut into buckets of one dtype each.
 
     The reverse order is that in which backward finishes gradients, so buckets fill, and can be launched, one
     after the other. A bucket is closed before the parameter that would take it over the limit; a parameter
     larger than the limit gets a bucket to itself. A tied parameter appears once, where its first use puts it.
-    `gradients` is the type of all gradients where it is not that of their parameters.
+    `gradients` is the type of all gradients where it is not that of their parameters, and `names` has the
+    parameters to lay out where not all are.
     """
     first = min(first_bucket_mib, bucket_mib) * MIB
     open_by_dtype: dict[str, _Open] = {}
     closed: list[tuple[int, Bucket]] = []
-    trainable = [parameter for parameter in trace.parameters_in_order() if parameter.requires_grad]
+    trainable = [
+        parameter
+        for parameter in trace.parameters_in_order()
+        if parameter.requires_grad and (names is None or parameter.fqn in names)
+    ]
     for position, parameter in enumerate(reversed(trainable)):
         kind = gradients or parameter.dtype
         dtype, num_bytes = _name(kind), math.prod(parameter.shape) * kind.itemsize

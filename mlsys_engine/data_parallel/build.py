@@ -19,9 +19,10 @@ from mlsys_engine.data_parallel.part_norms import PartNorms, check_measurable
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.data_parallel.reductions import Reduction, make_reduction
 from mlsys_engine.data_parallel.runner import DataParallelRunner
-from mlsys_engine.data_parallel.sharded import check_shardable, check_steppable, num_chunks
+from mlsys_engine.data_parallel.sharded import check_shardable, check_steppable, first_terms, num_chunks
 from mlsys_engine.data_parallel.sharded_arena import ArenaShardReduction, ArenaShardUpdate
 from mlsys_engine.data_parallel.sharded_device import DeviceShardReduction, DeviceShardUpdate
+from mlsys_engine.data_parallel.share import Share
 from mlsys_engine.data_parallel.statistics import StepStatistics
 from mlsys_engine.data_parallel.update import OptimizerFactory, Update, make_optimizer, make_update
 from mlsys_engine.errors import ConfigError
@@ -46,35 +47,37 @@ def build_runner(
     group: dist.ProcessGroup | None,
     loss_scaler: LossScaler | None = None,
     noise_scale: GradientNoiseScale | None = None,
+    share: Share | None = None,
 ) -> DataParallelRunner:
-    """Converts the model in place and builds everything around it. Called on every rank of `group`.
+    """Converts the model in place and builds everything around it. Called on every rank.
 
-    `group` is None in a world of one, which then communicates nothing. Order: device, optimizer, arenas,
-    weights and buffers of rank 0 everywhere, refusals, hooks, random state. `loss_scaler` is for fp16, which
-    has its own when none is given; `noise_scale` is told of every step's gradients.
+    `group` has the ranks with other data, and is None where there are none. Order: device, optimizer, what
+    other ranks hold dropped where there is a `share`, arenas, weights and buffers of rank 0 everywhere,
+    refusals, hooks, random state. `loss_scaler` is for fp16, which has its own when none is given;
+    `noise_scale` is told of every step's gradients.
     """
     check_max_grad_norm(max_grad_norm)
     _check_model(plan, model)
+    _check_noise_scale(noise_scale, share, plan)
     scaler = _scaler(plan, loss_scaler)
-    if noise_scale is not None:
-        check_measurable(plan)
     guard.check_unguarded(model)
     model.to(device)
     parameters = dict(model.named_parameters())
-    named = [(name, parameter) for name, parameter in parameters.items() if parameter.requires_grad]
     if plan.numerics == "world_invariant":
         invariance.check_model(model, device)
-    stored = PRECISION_RULES[plan.precision].parameters
     pure.check_model(plan.precision, model)
-    with pure.cast(model, stored):
+    with pure.cast(model, PRECISION_RULES[plan.precision].parameters):
+        named = [pair for pair in parameters.items() if pair[1].requires_grad]
         built = make_optimizer(optimizer, named)  # first: its errors leave the model as it was
         pure.check_optimizer(plan.precision, built)
-    sharded = plan.shard == "optimizer"
-    if sharded:
+    if plan.shard == "optimizer":
         _check_sharded(built, group, device)
-    allocate = _shared_allocator(group, device)
-    arenas = ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None, stored)
-    if group is not None:
+    if share is not None:
+        share.check_optimizer(built)
+        _broadcast((*parameters.values(), *model.buffers()), None)
+        share.take(model)
+    arenas = _arenas(plan if share is None else share.plan, parameters, group, device)
+    if group is not None and share is None:
         _broadcast_model(model, arenas, group)
     runner = _assemble(
         plan,
@@ -87,11 +90,24 @@ def build_runner(
         group=group,
         scaler=scaler,
         noise_scale=noise_scale,
+        share=share,
     )
     guard.guard(model)
     if plan.seed is not None:
         seed_data_rank(plan.seed, runner.data_rank)
     return runner
+
+
+def _arenas(
+    plan: Plan,
+    parameters: Mapping[str, nn.Parameter],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> ModelArenas:
+    allocate = _shared_allocator(group, device)
+    stored = PRECISION_RULES[plan.precision].parameters
+    sharded = plan.shard == "optimizer"
+    return ModelArenas(plan.buckets, parameters, allocate, allocate if sharded else None, stored)
 
 
 def _assemble(
@@ -106,17 +122,30 @@ def _assemble(
     group: dist.ProcessGroup | None,
     scaler: LossScaler | None,
     noise_scale: GradientNoiseScale | None,
+    share: Share | None,
 ) -> DataParallelRunner:
     """The runner of a model that is in its arenas, with all of its parts."""
     buffers = BufferSync(model, _collective(functools.partial(dist.broadcast, group_src=0), group))
     statistics, reduction, update = _sums_and_update(
-        plan, optimizer, arenas, buffers, group=group, device=device
+        plan if share is None else share.plan,
+        optimizer,
+        arenas,
+        buffers,
+        group=group,
+        device=device,
+        counted=None if share is None else share.counted,
     )
     invariant = plan.numerics == "world_invariant"
     flats = [pair.gradients.data for pair in arenas.pairs.values()]
     parts = None if noise_scale is None else PartNorms(noise_scale, plan, flats, group, device)
     measured = reduction if parts is None or reduction is None else parts.before(reduction)
-    reducer = Reducer(arenas.buckets, measured, automatic=not invariant)
+    launches = share is not None and share.launches
+    reducer = Reducer(arenas.buckets, measured, automatic=not (invariant or launches))
+    accumulation = (
+        _accumulation(plan, reducer, flats, scaler, group=group, device=device)
+        if share is None
+        else share.accumulation(model, reducer, device, scaler)
+    )
     return DataParallelRunner(
         plan=plan,
         model=model,
@@ -125,14 +154,15 @@ def _assemble(
         arenas=arenas,
         reducer=reducer,
         reduction=reduction,
-        accumulation=_accumulation(plan, reducer, flats, scaler, group=group, device=device),
-        sum_over_ranks=_collective(comm.all_reduce_tree if invariant else dist.all_reduce, group),
+        accumulation=accumulation,
+        sum_over_data=_collective(comm.all_reduce_tree if invariant else dist.all_reduce, group),
         buffers=buffers,
         statistics=statistics,
         loss=loss,
         max_grad_norm=max_grad_norm,
-        group=group,
+        data_rank=dist.get_rank(group) if group is not None else 0,
         device=device,
+        share=share,
         scaler=scaler,
         parts=parts,
     )
@@ -154,19 +184,28 @@ def _sums_and_update(
     *,
     group: dist.ProcessGroup | None,
     device: torch.device,
+    counted: Sequence[bool] | None,
 ) -> tuple[StepStatistics, Reduction | None, Update]:
-    """How gradients are summed over ranks and stepped, and the numbers that travel with a step."""
+    """How gradients are summed over ranks and stepped, and the numbers that travel with a step.
+
+    `counted` has the buckets that this rank counts in the norm; None: all.
+    """
     if plan.shard != "optimizer" or group is None:  # a world of one owns everything
         statistics = StepStatistics(len(arenas.places), buffers.num_watched, device)
         reduction = None if group is None else make_reduction(plan, arenas.buckets, group, device)
-        return statistics, reduction, make_update(optimizer, arenas)
+        return statistics, reduction, make_update(optimizer, arenas, counted)
     native = check_shardable(optimizer)
     statistics = StepStatistics(len(arenas.places), buffers.num_watched, device, num_chunks(native))
     terms = statistics.norm_terms
+    counting = first_terms(native)
+    for bucket in arenas.buckets:
+        if counted is not None and not counted[bucket.index]:
+            for place in bucket.places:
+                counting.pop(place.parameter, None)
     reducing, updating = _sharding_on(device)
     return (
         statistics,
-        reducing(plan, native, arenas.buckets, terms, group),
+        reducing(plan, counting, arenas.buckets, terms, group),
         updating(plan, native, arenas, terms, group),
     )
 
@@ -263,9 +302,27 @@ def _broadcast_model(model: nn.Module, arenas: ModelArenas, group: dist.ProcessG
             dist.broadcast(pair.parameters.data, group_src=0, group=group)
     laid_out = {place.parameter for place in arenas.places}
     others = [parameter for parameter in model.parameters() if parameter not in laid_out]
-    for tensor in (*others, *model.buffers()):
+    _broadcast((*others, *model.buffers()), group)
+
+
+@torch.no_grad()
+def _broadcast(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Those of rank 0 of the group (None: of the job) everywhere."""
+    for tensor in tensors:
         if tensor.numel():
             flat = tensor.detach().contiguous().view(-1)
             flat = flat.view(torch.uint8) if flat.dtype is torch.bool else flat
             dist.broadcast(flat, group_src=0, group=group)
-            tensor.copy_(flat.view(tensor.shape))
+            tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
+
+
+def _check_noise_scale(meter: GradientNoiseScale | None, share: Share | None, plan: Plan) -> None:
+    if meter is None:
+        return
+    check_measurable(plan)
+    if share is not None:
+        raise ConfigError(
+            "noise_scale= was given for a model that is divided over ranks.",
+            "It compares the gradients of single ranks, which have the whole of them under data parallelism.",
+            "Leave noise_scale out, or measure it under DataParallel.",
+        )

@@ -30,7 +30,11 @@ class _Guard:
 class _ApplyGuard(_Guard):
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         with torch.no_grad():
-            moved = any(_differs(fn(tensor), tensor) for tensor in self.module.parameters(recurse))
+            here = [tensor for tensor in self.module.parameters(recurse) if not tensor.is_meta]
+            moved = any(_differs(fn(tensor), tensor) for tensor in here)
+            has_absent = len(here) < sum(1 for _ in self.module.parameters(recurse))
+        if not moved and has_absent:  # parameters of other ranks, which have nothing to convert
+            return self.module
         if not moved:
             return self.plain()(fn, recurse)
         raise ConfigError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from mlsys_engine.data_parallel.invariance import refuse_changed_buffers
 from mlsys_engine.data_parallel.part_norms import PartNorms
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.data_parallel.reductions import Reduction
+from mlsys_engine.data_parallel.share import Share, over_parts
 from mlsys_engine.data_parallel.statistics import StepStatistics
 from mlsys_engine.data_parallel.update import Update
 from mlsys_engine.errors import CheckpointError, DataError
@@ -58,13 +59,14 @@ class DataParallelRunner:
         reducer: Reducer,
         reduction: Reduction | None,
         accumulation: Accumulation,
-        sum_over_ranks: Callable[..., Any] | None,
+        sum_over_data: Callable[..., Any] | None,
         buffers: BufferSync,
         statistics: StepStatistics,
         loss: Loss | None,
         max_grad_norm: float | None,
-        group: dist.ProcessGroup | None,
+        data_rank: int,
         device: torch.device,
+        share: Share | None = None,
         scaler: LossScaler | None = None,
         parts: PartNorms | None = None,
     ) -> None:
@@ -72,17 +74,17 @@ class DataParallelRunner:
         self.reducer = reducer
         self._model, self._optimizer, self._update = model, optimizer, update
         self._arenas, self._buffers = arenas, buffers
-        self._reduction, self._accumulation, self._sum_over_ranks = reduction, accumulation, sum_over_ranks
+        self._reduction, self._accumulation, self._sum_over_data = reduction, accumulation, sum_over_data
         self._loss, self._max_grad_norm = loss, max_grad_norm
         self._causal = shifts_labels(model)
-        self._group, self._device = group, device
+        self._data_rank, self._device, self._share = data_rank, device, share
         self._statistics = statistics
         self._scaler, self._parts = scaler, parts
         self._part_totals: torch.Tensor | None = None  # of the present step, when its parts are measured
 
     @property
     def data_rank(self) -> int:
-        return dist.get_rank(self._group) if self._group is not None else 0
+        return self._data_rank
 
     @property
     def num_data_shards(self) -> int:
@@ -155,8 +157,9 @@ class DataParallelRunner:
         clock.lap("wait")
 
     def _finish_step(self, clock: _Clock) -> StepResult:
-        loss_sum, count = self._statistics.loss_sum, self._statistics.count
-        squares = self._update.sum_of_squares()
+        loss_sum, count, squares = over_parts(
+            self._share, self._statistics.loss_sum, self._statistics.count, self._update.sum_of_squares()
+        )
         # Of this step: the update below writes into the scaler's own.
         loss_scale = None if self._scaler is None else self._scaler.current(count.device).clone()
         divisor = count if loss_scale is None else count * loss_scale
@@ -186,16 +189,21 @@ class DataParallelRunner:
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         if batch is not None:
             with _evaluating(self._model, self._optimizer), numerics_mode(self.plan.numerics):
-                totals[0], totals[1] = self._forward(batch)
+                totals[0], totals[1] = self._accumulation.evaluate(batch, self._forward)
         work = self._all_reduce(totals)
         if work is not None:
             work.wait()
-        return EvalResult(loss_sum=totals[0], count=totals[1].to(torch.int64))
+        loss_sum, count, _ = over_parts(self._share, totals[0], totals[1], torch.zeros_like(totals[0]))
+        return EvalResult(loss_sum=loss_sum, count=count.to(torch.int64))
 
     def predict(self, batch: Any) -> Any:
         """The model's output for this rank's own batch, in eval mode and without gradients."""
-        with _evaluating(self._model, self._optimizer), numerics_mode(self.plan.numerics), self._autocast():
-            return call_model(self._model, to_device(batch, self._device), with_loss=self._loss is not None)
+        with (
+            _evaluating(self._model, self._optimizer),
+            numerics_mode(self.plan.numerics),
+            autocast(self.plan.precision, self._device),
+        ):
+            return self._accumulation.predict(batch, self._call)
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU.
@@ -206,14 +214,15 @@ class DataParallelRunner:
         measured).
         """
         result = {
-            "model": state.model_state(self._model, full),
+            "model": state.model_state(self._model, full, self.elsewhere),
             "optimizer": self._update.optimizer_state(self._model, full),
         }
         if self._reduction is not None and (own := self._reduction.state_dict()):
             result["reduction"] = state.copied(own) if full else own
         if shared := self._accumulation.state_dict():
             result["accumulation"] = shared
-        return result | {key: part.state_dict() for key, part in self._carried().items()}
+        result |= {key: part.state_dict() for key, part in self._carried().items()}
+        return self._share.whole(result) if full and self._share is not None else result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies what `state_dict` returned, here or under another layout, into place; equal on every rank.
@@ -228,7 +237,9 @@ class DataParallelRunner:
                 'A runner\'s state has "model" and, to go on training, "optimizer".',
                 f'Pass {{"model": weights}} to load weights alone.{" " if unexpected else ""}',
             )
-        state.load_model_state(self._model, state_dict["model"])
+        if self._share is not None:
+            state_dict = self._share.local(state_dict)
+        state.load_model_state(self._model, state_dict["model"], self.elsewhere)
         if "optimizer" in state_dict:
             state.restore_masters(self._model, state_dict["optimizer"]["state"])
             self._update.load_optimizer_state(self._model, state_dict["optimizer"])
@@ -248,6 +259,11 @@ class DataParallelRunner:
             carried["noise_scale"] = self._parts.meter
         return carried
 
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """Names of parameters and buffers that other ranks hold, and this one does not."""
+        return frozenset() if self._share is None else self._share.elsewhere
+
     def place_state(self, name: str, key: str) -> FlatShard | None:
         """Where a checkpoint's piece `key` of the optimizer state of parameter `name` is loaded to.
 
@@ -258,25 +274,28 @@ class DataParallelRunner:
     def close(self) -> None:
         """Gives the model back as an ordinary module with its weights; the runner is of no use afterwards.
 
-        Where the optimizer averages the weights, they are the average.
+        Where the optimizer averages the weights, they are the average. A divided model becomes whole again on
+        every rank.
         """
         if hasattr(self._optimizer, "eval"):
             self._optimizer.eval()
         self.reducer.close()
         guard.release(self._model)
         self._arenas.release()
+        if self._share is not None:
+            self._share.give_back(self._model)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         batch = to_device(batch, self._device)
-        with self._autocast():
-            output = call_model(self._model, batch, with_loss=self._loss is not None)
+        with autocast(self.plan.precision, self._device):
+            output = self._call(batch)
             return loss_sum_and_count(output, batch, self._loss, causal=self._causal)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.plan.precision, self._device)
+    def _call(self, batch: Any) -> Any:
+        return call_model(self._model, to_device(batch, self._device), with_loss=self._loss is not None)
 
     def _all_reduce(self, tensor: torch.Tensor) -> dist.Work | None:
-        return None if self._sum_over_ranks is None else self._sum_over_ranks(tensor)
+        return None if self._sum_over_data is None else self._sum_over_data(tensor)
 
 
 class _Clock:

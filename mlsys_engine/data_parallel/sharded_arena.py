@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mlsys_engine import comm
 from mlsys_engine.data_parallel.arenas import BucketMemory
 from mlsys_engine.data_parallel.reductions import Reduction, Waitable
-from mlsys_engine.data_parallel.sharded import ShardedState, chunk_rows, first_terms
+from mlsys_engine.data_parallel.sharded import ShardedState, chunk_rows
 from mlsys_engine.numerics import GradientScale
-from mlsys_engine.optim import NativeOptimizer
 from mlsys_engine.plan import Plan
 
 
@@ -25,13 +25,13 @@ class ArenaShardReduction(Reduction):
     def __init__(
         self,
         plan: Plan,
-        optimizer: NativeOptimizer,
+        terms: Mapping[nn.Parameter, int],
         buckets: Sequence[BucketMemory],
         norm_terms: torch.Tensor,
         group: dist.ProcessGroup,
     ) -> None:
         self._partition, self._norm_terms, self._group = plan.partition, norm_terms, group
-        rank, terms = dist.get_rank(group), first_terms(optimizer)
+        rank = dist.get_rank(group)
         self._chunks = [
             torch.tensor(chunk_rows(bucket, terms, bounds[rank], bounds[rank + 1]), dtype=torch.int64).view(
                 -1, 3

@@ -19,7 +19,7 @@ from torch import nn
 from mlsys_engine import comm
 from mlsys_engine.data_parallel.arenas import BucketMemory, ModelArenas
 from mlsys_engine.data_parallel.reductions import Reduction, Waitable
-from mlsys_engine.data_parallel.sharded import ShardedState, chunk_rows, first_terms
+from mlsys_engine.data_parallel.sharded import ShardedState, chunk_rows
 from mlsys_engine.numerics import GradientScale
 from mlsys_engine.optim import NativeOptimizer
 from mlsys_engine.optim.kernels import CHUNK_ELEMENTS
@@ -34,14 +34,14 @@ class DeviceShardReduction(Reduction):
     def __init__(
         self,
         plan: Plan,
-        optimizer: NativeOptimizer,
+        terms: Mapping[nn.Parameter, int],
         buckets: Sequence[BucketMemory],
         norm_terms: torch.Tensor,
         group: dist.ProcessGroup,
     ) -> None:
         self._partition, self._group = plan.partition, group
         self._side = _SideStream(norm_terms.device)
-        rank, terms = dist.get_rank(group), first_terms(optimizer)
+        rank = dist.get_rank(group)
         self._squares = [
             _Squares(bucket, terms, bounds[rank : rank + 2], norm_terms)
             for bucket, bounds in zip(buckets, plan.partition, strict=True)

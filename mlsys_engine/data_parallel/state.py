@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,21 +14,23 @@ from mlsys_engine.optim.storage import to_bfloat16_away
 from mlsys_engine.trace import inventory
 
 
-def model_state(model: nn.Module, full: bool) -> dict[str, Any]:
-    """The module's own state dictionary, buffers and tied names included.
+def model_state(model: nn.Module, full: bool, elsewhere: Collection[str] = ()) -> dict[str, Any]:
+    """The module's own state dictionary, buffers and tied names included, names `elsewhere` left out.
 
     Its tensors are the live ones; with `full`, private copies on the CPU (tied names share theirs).
     """
-    state = dict(model.state_dict())
+    state = {name: value for name, value in model.state_dict().items() if name not in elsewhere}
     return copied(state) if full else state
 
 
-def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_model_state(model: nn.Module, state: Mapping[str, Any], elsewhere: Collection[str] = ()) -> None:
     """Copies `state` into the model in place. One of a tied parameter's names is enough.
 
-    Raises CheckpointError before anything is changed when names or shapes do not fit.
+    Names `elsewhere` are not this rank's, and neither read nor needed. Raises CheckpointError before anything
+    is changed when names or shapes do not fit.
     """
-    own, state = model.state_dict(), dict(state)
+    own = {name: value for name, value in model.state_dict().items() if name not in elsewhere}
+    state = {name: value for name, value in state.items() if name not in elsewhere}
     for alias, canonical in inventory.ties(model).items():
         for name, other in ((alias, canonical), (canonical, alias)):
             if name in own and name not in state and other in state:

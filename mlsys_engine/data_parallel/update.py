@@ -65,16 +65,21 @@ class _WholeState:
 
 
 class FusedUpdate(_WholeState):
-    """Scaling is part of the optimizer's own sweep; `.grad` keeps the unscaled sum."""
+    """Scaling is part of the optimizer's own sweep; `.grad` keeps the unscaled sum.
 
-    def __init__(self, optimizer: ScaledStep, arenas: ModelArenas) -> None:
+    `counted` has what the norm is of where it is not of everything.
+    """
+
+    def __init__(
+        self, optimizer: ScaledStep, arenas: ModelArenas, counted: Sequence[torch.Tensor] | None = None
+    ) -> None:
         super().__init__(cast(torch.optim.Optimizer, optimizer))
-        self._optimizer = optimizer
+        self._optimizer, self._counted = optimizer, counted
         for pair in arenas.pairs.values():
             optimizer.adopt(pair.parameters, pair.gradients)
 
     def sum_of_squares(self) -> torch.Tensor:
-        return self._optimizer.sum_of_squares()
+        return self._optimizer.sum_of_squares() if self._counted is None else _squares(self._counted)
 
     def step(self, scale: GradientScale) -> None:
         self._optimizer.step_scaled(grad_scale=scale.scale, skip=scale.skip)
@@ -83,15 +88,19 @@ class FusedUpdate(_WholeState):
 class PlainUpdate(_WholeState):
     """For any torch.optim.Optimizer: scales the arenas, then steps. Waits for the device to know `skip`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, arenas: ModelArenas) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        arenas: ModelArenas,
+        counted: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(optimizer)
         self._optimizer = optimizer
         self._gradients = [pair.gradients.data for pair in arenas.pairs.values()]
+        self._counted = self._gradients if counted is None else counted
 
     def sum_of_squares(self) -> torch.Tensor:
-        # Padding and the places of unused parameters are zero, so whole arenas can be summed.
-        norms = [torch.linalg.vector_norm(flat, dtype=torch.float64) for flat in self._gradients]
-        return torch.stack(norms).square().sum()
+        return _squares(self._counted)
 
     def step(self, scale: GradientScale) -> None:
         if scale.skip:
@@ -163,10 +172,21 @@ def _without_parameters() -> ConfigError:
     )
 
 
-def make_update(optimizer: torch.optim.Optimizer, arenas: ModelArenas) -> Update:
-    """The way in which this optimizer is stepped."""
-    return (
-        FusedUpdate(optimizer, arenas)
-        if isinstance(optimizer, ScaledStep)
-        else PlainUpdate(optimizer, arenas)
+def make_update(
+    optimizer: torch.optim.Optimizer, arenas: ModelArenas, counted: Sequence[bool] | None = None
+) -> Update:
+    """The way in which this optimizer is stepped. `counted`: the buckets that the norm is of; None: all."""
+    flats = (
+        None
+        if counted is None or all(counted)
+        else [bucket.gradients for bucket in arenas.buckets if counted[bucket.index]]
     )
+    if isinstance(optimizer, ScaledStep):
+        return FusedUpdate(optimizer, arenas, flats)
+    return PlainUpdate(optimizer, arenas, flats)
+
+
+def _squares(flats: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Padding and the places of unused parameters are zero, so whole ranges can be summed.
+    norms = [torch.linalg.vector_norm(flat, dtype=torch.float64) for flat in flats]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)

@@ -222,7 +222,8 @@ class NativeOptimizer(torch.optim.Optimizer):
         missing = [grad is None for grad in grads]
         plan = self._plan
         if plan is None or not plan.is_current(self, params, missing):
-            self._announce([parameter for parameter in params if not is_native(parameter.device)])
+            present = [parameter for parameter, gone in zip(params, missing, strict=True) if not gone]
+            self._announce([parameter for parameter in present if not is_native(parameter.device)])
             plan = self._plan = StepPlan(self, params, missing)
         plan.run(self, [grad for grad in grads if grad is not None], grad_scale, skip, zero_grad)
 

@@ -123,7 +123,8 @@ def _lines(plan: Plan) -> list[str]:
         if pairs:
             lines.append(f"  {title}: {_summary([f'{key}={value}' for key, value in pairs])}")
     if plan.schedule:
-        lines.append(f"  schedule {plan.schedule}, microbatch {plan.microbatch}")
+        name = "of its own" if "\n" in plan.schedule else plan.schedule
+        lines.append(f"  schedule {name}, {dict(plan.algorithms).get('microbatches')} microbatches a batch")
     return lines
 
 

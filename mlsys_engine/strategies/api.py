@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from mlsys_engine.strategies.activations import (
     check_activation,
     is_budget,
 )
-from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Strategy, Subject
+from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, SampleNeededError, Strategy, Subject
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.lazy import LazyRunner
 from mlsys_engine.strategies.registry import from_name, strategy_type
@@ -177,7 +178,8 @@ def wrap(
     if sample is not None:
         return build(make_plan(activation, measuring, sample))
     # What cannot work is refused here, not at the first step.
-    make_plan(None if is_budget(activation) else activation, measuring)
+    with suppress(SampleNeededError):
+        make_plan(None if is_budget(activation) else activation, measuring)
     later = partial(make_plan, activation, measuring)  # on rank 0, which tells the others
     return LazyRunner(model=model, make_plan=later, build=build, world=world)
 

@@ -86,6 +86,10 @@ class Subject:
         return found, whole
 
 
+class SampleNeededError(ConfigError):
+    """A plan that can only be made when it is known what the model is fed; everything else was checked."""
+
+
 class Strategy(Protocol):
     """One way to lay out training. A new one is one file and one line in `registry.STRATEGIES`."""
 

@@ -94,7 +94,7 @@ class DataParallel:
             buckets=buckets,
             order_source=trace.order_source,
             shard=self.shard,
-            partition=self._partition(buckets, world_size),
+            partition=self.partition(buckets, world_size),
             sync=self.sync,
             compression=self.compression,
             algorithms=(
@@ -113,7 +113,8 @@ class DataParallel:
             seed=options.seed,
         )
 
-    def _partition(self, buckets: Sequence[Bucket], world_size: int) -> tuple[tuple[int, ...], ...]:
+    def partition(self, buckets: Sequence[Bucket], world_size: int) -> tuple[tuple[int, ...], ...]:
+        """For each bucket where each rank's part begins; nothing without sharding."""
         if self.shard == "none":
             return ()
         return tuple(partition_bucket(bucket, world_size) for bucket in buckets)

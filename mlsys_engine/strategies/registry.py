@@ -11,9 +11,10 @@ from mlsys_engine.strategies.base import Strategy
 
 STRATEGIES = {
     "data_parallel": "mlsys_engine.strategies.data_parallel:DataParallel",
+    "pipeline_parallel": "mlsys_engine.strategies.pipeline_parallel:PipelineParallel",
 }
 # Names that the design has and this version does not build: refused as such, not as spelling mistakes.
-_LATER = ("model_parallel", "pipeline_parallel", "hybrid_parallel", "auto")
+_LATER = ("model_parallel", "hybrid_parallel", "auto")
 
 
 def strategy_type(name: str) -> type[Any]:

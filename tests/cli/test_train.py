@@ -48,7 +48,7 @@ def no_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["gpt-byte"], "Did you mean 'gpt-bytes'?"),
         (["--strategy", "data_paralel"], "Did you mean 'data_parallel'?"),
-        (["--strategy", "pipeline_parallel"], "This version builds data_parallel."),
+        (["--strategy", "auto"], "This version builds"),
         (["--activation", "ful"], "Did you mean 'full'?"),
         (["--trackers", "locla"], "Did you mean 'local'?"),
         (["gpt-file", "--tokens", "nowhere.tokens"], "The token file nowhere.tokens does not exist."),

@@ -136,7 +136,7 @@ def _calls(rank, world_size):
         return call
 
     runner._reduction._side = Side()
-    runner._sum_over_ranks = logged(runner._sum_over_ranks, "statistics")
+    runner._sum_over_data = logged(runner._sum_over_data, "statistics")
     runner._update.sum_of_squares = logged(runner._update.sum_of_squares, "norm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm, "reduce_shard", logged(comm.reduce_shard, "reduce"))
