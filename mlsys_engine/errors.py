@@ -66,6 +66,14 @@ class PeerFailedError(MlsysError, RuntimeError):
         return type(self), (self.rank, self.host, self.pid, self.cause, self.op, self.sequence)
 
 
+class VerificationError(MlsysError, RuntimeError):
+    """The first step of a training is not that of the unsharded model; `verdict` says where they part."""
+
+    def __init__(self, verdict: object) -> None:
+        self.verdict = verdict
+        super().__init__(str(verdict))
+
+
 class CollectiveTimeoutError(MlsysError, TimeoutError, RuntimeError):
     """A collective did not finish in time; the message names the ranks that had not arrived.
 

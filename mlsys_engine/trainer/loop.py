@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from mlsys_engine import checkpoint
 from mlsys_engine.data import GlobalBatches
-from mlsys_engine.plan import Plan
+from mlsys_engine.errors import VerificationError
+from mlsys_engine.plan import Plan, StepResult
 from mlsys_engine.trainer.evaluating import evaluate
 from mlsys_engine.trainer.events import Callbacks
 from mlsys_engine.trainer.options import FitOptions
@@ -25,6 +26,7 @@ from mlsys_engine.trainer.stopping import (
     TrainingInterrupted,
     signal_of,
 )
+from mlsys_engine.verify import FirstStep
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class Loop:
         is_bytes: bool,
         callbacks: Callbacks,
         reporter: Reporter,
+        verifier: FirstStep | None = None,
     ) -> None:
         self._state, self._plan, self._options = state, plan, options
         self._step, self._total_steps, self._run_dir = first_step, total_steps, run_dir
         self._eval_loader, self._is_bytes = eval_loader, is_bytes
         self._callbacks, self._reporter = callbacks, reporter
+        self._unproved = verifier
         self._control = Control()
         self._agreement = Agreement(self._control, state.world.world_size)
         self._evaluated_at = -1
@@ -123,11 +127,22 @@ class Loop:
         state = self._state
         self._fire("on_step_start", epoch=epoch, batches=microbatches)
         lr = state.schedule.lr
-        result = state.runner.step(microbatches)
+        result = state.runner.step(microbatches) if self._unproved is None else self._prove(microbatches)
         self._step += 1
         state.schedule.after_step()
         self._reporter.end_step(self._step, epoch, lr, result)
         self._fire("on_step_end", epoch=epoch, result=result, lr=lr)
+
+    def _prove(self, microbatches: list[Any]) -> StepResult:
+        """A step that is compared with the unsharded model's; raises VerificationError where they differ."""
+        assert self._unproved is not None
+        result, verdict = self._unproved.step(self._state.runner, microbatches, self._state.world)
+        if verdict is not None:
+            self._reporter.message(verdict.line)
+            self._unproved = None
+            if not verdict.ok:
+                raise VerificationError(verdict)
+        return result
 
     def _at_boundary(self, epoch: int) -> None:
         every = self._options.eval_every

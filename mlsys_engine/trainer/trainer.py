@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mlsys_engine.trainer.progress import open_view
 from mlsys_engine.trainer.record import OpenRun
 from mlsys_engine.trainer.reporting import Reporter
 from mlsys_engine.trainer.schedule import LrSchedule, Schedule
+from mlsys_engine.verify import FirstStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class _Built:
     world: World
     plan: Plan
     runner: Runner
+    verifier: FirstStep | None
 
 
 class Trainer:
@@ -49,11 +51,12 @@ class Trainer:
     factory called with (name, parameter) pairs. precision: "fp32", "bf16" or "fp16" (autocast), "bf16-pure"
     or "fp16-pure" (parameters, too). lr_schedule: a function of the step giving the factor of the learning
     rate, or of the optimizer giving a torch scheduler. sample: a batch to plan with (the first one of the
-    loader by default). callbacks: see `trainer.events`. trackers: names or objects, used on rank 0. run_dir:
-    where record and checkpoints go (a new folder below runs/ by default). seed: of the data order and of
-    dropout, per data rank; initialising the model is the caller's. loss_scaler: instead of the one that fp16
-    has. noise_scale: measures the gradient noise, which is logged. Raises ConfigError for settings that
-    cannot work.
+    loader by default). verify: "first_step" compares that step with the unsharded model's on all ranks, and
+    raises VerificationError where they differ. callbacks: see `trainer.events`. trackers: names or objects,
+    used on rank 0. run_dir: where record and checkpoints go (a new folder below runs/ by default). seed: of
+    the data order and of dropout, per data rank; initialising the model is the caller's. loss_scaler: instead
+    of the one that fp16 has. noise_scale: measures the gradient noise, which is logged. Raises ConfigError
+    for settings that cannot work.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Trainer:
         activation: str | float | ActivationPlan | None = None,
         compile: bool = False,
         sample: Any = None,
-        verify: Any = None,
+        verify: str | None = None,
         callbacks: Sequence[Any] = (),
         trackers: Sequence[str | tracking.Tracker] = ("local",),
         run_dir: str | Path | None = None,
@@ -91,7 +94,7 @@ class Trainer:
         self._lr_schedule, self._max_grad_norm, self._sample = lr_schedule, max_grad_norm, sample
         self._loss_scaler, self._noise_scale = loss_scaler, noise_scale
         self._strategy = strategies.from_name(strategy)
-        self._accumulate, self._seed = accumulate, seed
+        self._accumulate, self._seed, self._verify = accumulate, seed, verify
         self._plan_options: dict[str, Any] = {
             "precision": precision,
             "accumulate": accumulate,
@@ -161,6 +164,7 @@ class Trainer:
             plan = strategies.plan(
                 self._model, self._strategy, sample, world=world, loss=self._loss, **self._plan_options
             )
+            verifier = self._verifier(plan)  # before the model is laid out
             runner = strategies.apply(
                 plan,
                 self._model,
@@ -170,8 +174,19 @@ class Trainer:
                 loss_scaler=self._loss_scaler,
                 noise_scale=self._noise_scale,
             )
-            self._built = _Built(world=world, plan=plan, runner=runner)
+            self._built = _Built(world=world, plan=plan, runner=runner, verifier=verifier)
         return self._built
+
+    def _verifier(self, plan: Plan) -> FirstStep | None:
+        if self._verify is None:
+            return None
+        return FirstStep(
+            self._model,
+            plan,
+            loss=self._loss,
+            optimizer=self._optimizer,
+            max_grad_norm=self._max_grad_norm,
+        )
 
     def _start(
         self,
@@ -184,6 +199,7 @@ class Trainer:
         run.
         """
         world, plan, runner = built.world, built.plan, built.runner
+        self._built = replace(built, verifier=None)  # it is used once, and holds a model
         batches = GlobalBatches(
             train_loader,
             data_rank=runner.data_rank,
@@ -228,6 +244,7 @@ class Trainer:
             is_bytes=self._is_bytes,
             callbacks=self._callbacks,
             reporter=reporter,
+            verifier=built.verifier,
         )
 
     def _open_run(self, world: World, options: FitOptions) -> OpenRun:
@@ -278,11 +295,11 @@ def _check_settings(
             "Pass for example max_grad_norm=1.0.",
         )
     check_positive("accumulate", accumulate)
-    if verify:
+    if verify not in (None, "first_step"):
         raise ConfigError(
             f"verify={verify!r}.",
-            "Proving a plan against the unsharded model is not part of this version.",
-            "Leave verify at None.",
+            'It is "first_step", which compares that step with the unsharded model\'s, or None.',
+            'Pass verify="first_step", or leave it out.',
         )
     if not isinstance(seed, int) or seed < 0:
         raise ConfigError(
