@@ -23,7 +23,7 @@ from mlsys_engine import (
 )
 from mlsys_engine.comm.launch import World, init
 from mlsys_engine.plan import EvalResult, Plan, Runner, StepResult
-from mlsys_engine.strategies import DataParallel, PipelineParallel, apply, plan, wrap
+from mlsys_engine.strategies import DataParallel, HybridParallel, PipelineParallel, apply, plan, wrap
 from mlsys_engine.trainer import SaveEvery, Trainer, TrainingInterrupted
 from mlsys_engine.verify import Verdict, verify
 
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataParallel",
     "EvalResult",
+    "HybridParallel",
     "PipelineParallel",
     "Plan",
     "Runner",

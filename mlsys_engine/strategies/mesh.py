@@ -47,12 +47,14 @@ def plan_mesh(
     *,
     data: DataParallel,
     data_size: int,
-    pipeline: Staging,
+    pipeline: Staging | None,
     pipeline_size: int,
 ) -> Plan:
     """The plan of the strategy `name`; raises ConfigError for what cannot be."""
-    _check_options(options)
     whole = data.plan(subject, data_size, options)
+    if pipeline is None or pipeline_size == 1:
+        return replace(whole, strategy=name)
+    _check_options(options)
     stages, escapes, schedule, microbatches = pipeline.resolve(subject, pipeline_size, options)
     ties = find_ties(subject.model, stages)
     buckets = _stage_buckets(subject, options, data.bucket_mib, stages, {tie.name for tie in ties})
@@ -65,7 +67,7 @@ def plan_mesh(
     return replace(
         whole,
         strategy=name,
-        mesh=tuple(MeshAxis(name=axis, size=size) for axis, size in axes if size > 1 or axis == PIPELINE),
+        mesh=tuple(MeshAxis(name=axis, size=size) for axis, size in axes if size > 1),
         buckets=buckets,
         partition=data.partition(buckets, data_size),
         stages=(*stages.items(), *((escape, _stage_within(escape, stages)) for escape in escapes)),

@@ -102,7 +102,8 @@ class PipelineParallel:
         units = find_units(subject.model, subject.sample, subject.call)
         if isinstance(self.split, str):
             costs = _costs(subject.trace, units)
-            stages = split.balanced(units.names, units.blocks, costs, ranks * chunks)
+            blocks = units.blocks or units.names  # nothing repeats: cut anywhere
+            stages = split.balanced(units.names, blocks, costs, ranks * chunks)
         else:
             stages = split.given(units.names, self.split)
             if len(self.split) != ranks * chunks - 1:

@@ -1,0 +1,101 @@
+"""Several kinds of parallelism at once, each on its axis of the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from mlsys_engine.comm.launch import World
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.numerics import Loss
+from mlsys_engine.optim import GradientNoiseScale, LossScaler
+from mlsys_engine.plan import Plan, Runner
+from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Subject
+from mlsys_engine.strategies.data_parallel import DataParallel
+from mlsys_engine.strategies.mesh import build_mesh, plan_mesh
+from mlsys_engine.strategies.pipeline_parallel import PipelineParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridParallel:
+    """Data times pipeline parallelism: the product of the axes is the world.
+
+    Each axis is a number of ranks, or its strategy value where it has settings. Ranks that differ along the
+    data axis alone hold the same part of the model and feed different data; ranks of one pipeline feed the
+    same. The ranks of a data axis are neighbours.
+    """
+
+    name: ClassVar[str] = "hybrid_parallel"
+
+    data: int | DataParallel | None = None
+    """Ranks that feed different data, or a DataParallel on as many as the others leave; None: as many."""
+    pipeline: int | PipelineParallel = 1
+    """Ranks that the model's blocks are divided over; a PipelineParallel names its stages."""
+
+    def __post_init__(self) -> None:
+        for field, kind in (("data", DataParallel), ("pipeline", PipelineParallel)):
+            value = getattr(self, field)
+            size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not (size or isinstance(value, kind) or (field == "data" and value is None)):
+                raise ConfigError(
+                    f"HybridParallel({field}={value!r}).",
+                    f"An axis is a number of ranks of at least 1, or a mls.{kind.__name__}.",
+                    f"Leave {field} out, or give {field}=2.",
+                )
+        if isinstance(self.pipeline, PipelineParallel) and self.pipeline.stages is None:
+            raise ConfigError(
+                "HybridParallel with a PipelineParallel of no number of stages.",
+                "Beside other axes its part of the world has to be told.",
+                "Write PipelineParallel(stages=2, ...), for example.",
+            )
+
+    def plan(self, subject: Subject, world_size: int, options: PlanOptions) -> Plan:
+        """The layout on a world that is the product of the axes; raises ConfigError for what cannot be."""
+        pipeline = self.pipeline if isinstance(self.pipeline, PipelineParallel) else None
+        if pipeline is None and isinstance(self.pipeline, int) and self.pipeline > 1:
+            pipeline = PipelineParallel(self.pipeline)
+        stages = 1 if pipeline is None else pipeline.stages or 1
+        data_size = self.data if isinstance(self.data, int) else world_size // stages
+        if data_size * stages != world_size:
+            raise ConfigError(
+                f"HybridParallel(data={data_size}, pipeline={stages}), {data_size * stages} ranks, on "
+                f"{world_size} ranks.",
+                "The product of the axes is the number of ranks.",
+                f"Launch {data_size * stages} ranks, or leave data out and choose a pipeline that divides "
+                f"{world_size}.",
+            )
+        return plan_mesh(
+            self.name,
+            subject,
+            options,
+            data=self.data if isinstance(self.data, DataParallel) else DataParallel(),
+            data_size=data_size,
+            pipeline=pipeline,
+            pipeline_size=stages,
+        )
+
+    @staticmethod
+    def build(
+        plan: Plan,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        loss: Loss | None,
+        max_grad_norm: float | None,
+        world: World,
+        loss_scaler: LossScaler | None,
+        noise_scale: GradientNoiseScale | None,
+    ) -> Runner:
+        """Converts the model in place."""
+        return build_mesh(
+            plan,
+            model,
+            optimizer=optimizer,
+            loss=loss,
+            max_grad_norm=max_grad_norm,
+            world=world,
+            loss_scaler=loss_scaler,
+            noise_scale=noise_scale,
+        )
