@@ -13,7 +13,7 @@ off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ class Contents:
     own: Mapping[str, Any] = field(default_factory=dict)  # this rank's
     # Of a template: where state (by FQN and name) goes that does not exist yet; None: to every rank whole.
     place: Callable[[str, str], Any | None] | None = None
+    # Of a template: names of parameters and buffers that this rank has no part of, and does not read.
+    elsewhere: Collection[str] = ()
 
     @classmethod
     def of_runner_state(
@@ -44,6 +46,7 @@ class Contents:
         shared: Mapping[str, Any],
         own: Mapping[str, Any],
         place: Callable[[str, str], Any | None] | None = None,
+        elsewhere: Collection[str] = (),
     ) -> Contents:
         """From a Runner's `state_dict()` and what the trainer adds to it."""
         optimizer = state["optimizer"]
@@ -54,6 +57,7 @@ class Contents:
             shared={**shared, **{key: state[key] for key in _SHARED_OF_RUNNER if key in state}},
             own={**own, **{key: state[key] for key in _OWN_OF_RUNNER if key in state}},
             place=place,
+            elsewhere=elsewhere,
         )
 
     def runner_state(self) -> dict[str, Any]:

@@ -83,10 +83,13 @@ def _targets(
     """A destination for every stored value that this rank wants: the template's tensor, or a new one."""
     stored = metadata.state_dict_metadata
     expected = flatten(template, rank)
-    _check_model(path, stored, expected)
+    absent = {f"model/{name}" for name in template.elsewhere}
+    _check_model(path, {key: record for key, record in stored.items() if key not in absent}, expected)
     targets: dict[str, Any] = {}
     for key, record in stored.items():
         if key.startswith("rank/") and (own_rank is None or key != rank_key(own_rank)):
+            continue
+        if key in absent or (key.startswith("optimizer/") and optimizer_key(key)[0] in template.elsewhere):
             continue
         if isinstance(record, BytesStorageMetadata):
             targets[key] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +63,10 @@ class Runner(Protocol):
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    @property
+    def elsewhere(self) -> Collection[str]:
+        """Names of parameters and buffers of which this rank has nothing; a checkpoint skips them."""
 
     def place_state(self, name: str, key: str) -> Any | None:
         """Where a checkpoint's piece `key` of the optimizer state of `name` goes; None: to a new tensor."""

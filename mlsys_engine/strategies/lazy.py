@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class LazyRunner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.built().load_state_dict(state)
+
+    @property
+    def elsewhere(self) -> Collection[str]:
+        return self.built().elsewhere
 
     def place_state(self, name: str, key: str) -> Any | None:
         return self.built().place_state(name, key)

@@ -47,7 +47,11 @@ class TrainingState:
     def restore(self, path: Path) -> tuple[int, list[str]]:
         """Loads the checkpoint at `path`: the step to go on from, and what a person should know about it."""
         template = checkpoint.Contents.of_runner_state(
-            self.runner.state_dict(), shared={}, own={}, place=self.runner.place_state
+            self.runner.state_dict(),
+            shared={},
+            own={},
+            place=self.runner.place_state,
+            elsewhere=self.runner.elsewhere,
         )
         loaded = checkpoint.load(path, template)
         contents, step = loaded.contents, loaded.marker.step
