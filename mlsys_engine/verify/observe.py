@@ -11,55 +11,51 @@ from torch.utils._pytree import tree_leaves
 
 from mlsys_engine.verify.gaps import waves
 
-Key = tuple[int, str, int]  # data shard, module FQN, which of its outputs
+# Data shard, module FQN, which of its calls in one forward of the model, which tensor of what it returned.
+Key = tuple[int, str, int, int]
 Numbers = tuple[float, float]  # 2-norm, projection
 
 
 class OutputRecorder:
     """Hooks every module of a model that is about to be run, and takes its outputs in order of completion.
 
-    Only ordinary tensors with values count: the skeleton of a value of another stage is passed over. What
-    runs outside the model's own forward, a block that is computed again in backward for one, is not written
-    down either.
+    Only ordinary tensors with values count: the skeleton of a value of another stage is passed over. What is
+    computed again inside a backward is not written down either. The outputs of several microbatches are a
+    list, in the order in which they were run.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.shard = 0
         self.order: list[str] = []  # modules by their first completion
-        self.outputs: dict[Key, Numbers] = {}
-        self._counts: dict[tuple[int, str], int] = {}
+        self.outputs: dict[Key, list[Numbers]] = {}
+        self._calls: dict[str, int] = {}  # of the present forward
         self._seen: set[str] = set()
-        self._depth = 0
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._enter)]
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._begin)]
         for name, module in model.named_modules():
             self._handles.append(module.register_forward_hook(self._hook(name)))
-        self._handles.append(model.register_forward_hook(self._leave, always_call=True))
 
     def close(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        self._depth += 1
-
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._depth -= 1
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self._calls = {}
 
     def _hook(self, name: str) -> Any:
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._depth == 0:
+            if torch._C._current_graph_task_id() != -1:
                 return
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
             values = list(output.values()) if isinstance(output, Mapping) else output
-            for value in tree_leaves(values):
+            for leaf, value in enumerate(tree_leaves(values)):
                 if type(value) is not torch.Tensor or value.is_meta or not value.is_floating_point():
                     continue
                 if name not in self._seen:
                     self._seen.add(name)
                     self.order.append(name)
-                count = self._counts.get((self.shard, name), 0)
-                self._counts[self.shard, name] = count + 1
-                self.outputs[self.shard, name, count] = _numbers(value)
+                self.outputs.setdefault((self.shard, name, call, leaf), []).append(_numbers(value))
 
         return take
 

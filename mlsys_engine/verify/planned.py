@@ -27,12 +27,12 @@ class RankReport:
     grad_norm: float
     count: float
     skipped: bool
-    outputs: dict[Key, Numbers]
+    outputs: dict[Key, list[Numbers]]
     gradients: dict[str, Gap]
     parameters: dict[str, Gap]
     buffers: dict[str, Gap]
     absent: tuple[str, ...]
-    """Parameters that have a gradient in one process and none here."""
+    """Parameters of this rank that have a gradient in one process and none here."""
     sees_gradients: bool
     """False where no rank keeps reduced gradients: under a sharded optimizer."""
 
@@ -77,6 +77,7 @@ def report(
     true = reference.gradients if fused else reference.clipped
     sees_gradients = plan.shard == "none"
     gradients = _gradients(runner, result, fused) if sees_gradients else {}
+    here = {name for name, value in runner.model.named_parameters() if not value.is_meta}
     state = runner.state_dict(full=True)["model"]
     own_parameters = {name: state[name] for name in reference.parameters}
     own_buffers = {name: state[name] for name in reference.buffers}
@@ -90,7 +91,7 @@ def report(
         gradients=gradient_gaps(gradients, true),
         parameters=_parameter_gaps(own_parameters, reference, tolerance),
         buffers=_buffer_gaps(own_buffers, reference.buffers),
-        absent=tuple(name for name in true if sees_gradients and name not in gradients),
+        absent=tuple(name for name in true if sees_gradients and name in here and name not in gradients),
         sees_gradients=sees_gradients,
     )
 

@@ -14,6 +14,7 @@ from mlsys_engine.numerics import derived_seed, seed_leaf
 from mlsys_engine.pipeline.runtime.cut import cut
 from mlsys_engine.pipeline.runtime.random_state import seed_microbatch
 from mlsys_engine.plan import Plan
+from mlsys_engine.strategies.stage_share import MICROBATCHES
 
 SeedShard = Callable[[int], None]  # sets all generators as the ranks of a data shard have them
 
@@ -47,14 +48,15 @@ class Generators:
         np.random.set_state(self.numpy_state)
 
 
-def microbatches(plan: Plan, shard: int, batches: Sequence[Any], pieces: int, step: int) -> Iterator[Any]:
+def microbatches(plan: Plan, shard: int, batches: Sequence[Any], step: int) -> Iterator[Any]:
     """What the plan's ranks compute one by one from the `batches` of a data shard, each with its seed set.
 
-    A pipeline cuts every batch into `pieces`, and gives each its own seed, from one that it draws first. The
-    leaves of a world-invariant step are seeded by `step` and their place in the global batch. Anything else
-    goes on with the shard's generators.
+    A pipeline cuts every batch, and gives each piece its own seed, from one that it draws first. The leaves
+    of a world-invariant step are seeded by `step` and their place in the global batch. Anything else goes on
+    with the shard's generators.
     """
     if plan.axis("pipeline") > 1:
+        pieces = int(dict(plan.algorithms)[MICROBATCHES])
         cuts = (
             batches
             if len(batches) > plan.accumulate

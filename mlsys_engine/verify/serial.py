@@ -41,8 +41,6 @@ class StepInputs:
     loss: Loss | None
     optimizer: OptimizerFactory
     max_grad_norm: float | None
-    pieces: int = 1
-    """Into how many a pipeline cuts each batch."""
     optimizer_state: Mapping[str, Any] | None = None
     """As Runner.state_dict has it; None for a training's first step."""
     loss_scale: float = 1.0
@@ -61,7 +59,7 @@ class SerialStep:
     skipped: bool
     order: tuple[str, ...]  # modules in order of execution
     trainable: tuple[str, ...]
-    outputs: dict[Key, Numbers]
+    outputs: dict[Key, list[Numbers]]
     gradients: Tensors
     clipped: Tensors
     before: Tensors = field(default_factory=dict)  # parameters, by name
@@ -132,7 +130,7 @@ def _forward_backward(
         with torch.no_grad():
             for value, first in start:
                 value.copy_(first)
-        for batch in microbatches(plan, shard, batches, inputs.pieces, inputs.step):
+        for batch in microbatches(plan, shard, batches, inputs.step):
             placed = to_device(batch, device)
             with autocast(plan.precision, device):
                 output = call_model(model, placed, with_loss=inputs.loss is not None)
