@@ -125,7 +125,7 @@ def _job_of(plan: Plan) -> World | None:
 def _runnable(plan: Plan, precision: str, notes: list[str]) -> tuple[Plan, torch.dtype | None]:
     """The plan as it is run, and the dtype of the copies; None keeps the model's."""
     plan = exact_plan(plan, notes)
-    if precision == "float64" and plan.shard == "optimizer" and plan.world_size > 1:
+    if precision == "float64" and plan.shard == "optimizer" and plan.axis("data") > 1:
         notes.append("a sharded optimizer's native step is of float32, so the model's types were kept")
         precision = "model"
     if precision == "model":

@@ -54,6 +54,9 @@ def _of_output(culprit: Difference, evidence: Evidence) -> str:
         return (
             "it is not sharded itself: look at what it reads, and whether its weights are equal on all ranks"
         )
+    stage = _stage(culprit)
+    if stage:
+        return f"all that was compared of stage {stage - 1} is right: look at what crosses into stage {stage}"
     return (
         "the forward itself differs, before anything is summed over ranks: look at the weights and the "
         "samples that this rank has, and at what the module reads besides them"
@@ -70,9 +73,16 @@ def _of_gradient(culprit: Difference, evidence: Evidence) -> str:
         company = _company(culprit, evidence)
         return f"ranks hold different gradients: they were not summed over all ranks{company}"
     factor = gaps[0].factor
-    if factor is None:
-        return ""
-    return _of_factor("it", factor, evidence.plan) + _company(culprit, evidence)
+    told = [] if factor is None else [_of_factor("it", factor, evidence.plan) + _company(culprit, evidence)]
+    stage = _stage(culprit)
+    later = [_stage(item) for item in evidence.wrong if item.kind == "gradient"]
+    if (
+        stage is not None
+        and stage < _last_stage(evidence.plan)
+        and max(filter(None, later), default=0) <= stage
+    ):
+        told.append(f"gradients of stage {stage + 1} are right: look at what crosses back from there")
+    return "; ".join(told)
 
 
 def _of_parameter(culprit: Difference, evidence: Evidence) -> str:
@@ -125,6 +135,15 @@ def _of_factor(what: str, factor: float, plan: Plan) -> str:
     if parts > 1 and abs(factor * parts - 1) < _SAME_FACTOR:
         return f"{what} is 1/{parts} of what it should be: one of {parts} microbatches, or their mean"
     return f"{what} is {factor:.3g} times what it should be"
+
+
+def _stage(item: Difference) -> int | None:
+    digits = item.where.partition("stage ")[2].partition(",")[0]
+    return int(digits) if digits.isdigit() else None
+
+
+def _last_stage(plan: Plan) -> int:
+    return max((stage for _, stage in plan.stages), default=0)
 
 
 def _company(culprit: Difference, evidence: Evidence) -> str:

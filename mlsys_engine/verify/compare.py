@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from mlsys_engine.verify.serial import SerialStep
 from mlsys_engine.verify.verdict import Difference, Verdict
 
 _NUM_WORST = 10
+_OF_FORWARD = ("num_tokens", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,12 @@ def compare(
     """The verdict on what all ranks found.
 
     The culprit is the first value that differs in the order in which a step computes them: outputs of modules
-    as the forward goes, gradients as the backward goes, the step's totals, then parameters and buffers.
+    as the forward goes, count and loss, gradients as the backward goes, their norm, then parameters and
+    buffers.
     """
-    found = _found(plan, reference, ranks)
-    suspects = [item for items in found.values() for item in items]
+    suspects = _in_order(plan, reference, ranks)
     wrong = [item for item in suspects if not item.relative <= tolerance.value]
-    worst = sorted(suspects, key=lambda item: item.relative, reverse=True)[:_NUM_WORST]
+    worst = sorted(wrong or suspects, key=lambda item: item.relative, reverse=True)[:_NUM_WORST]
     culprit = wrong[0] if wrong else None
     if culprit is not None:
         evidence = Evidence(
@@ -60,7 +62,7 @@ def compare(
         world_size=plan.world_size,
         loss=reference.loss,
         plan_loss=apart.loss,
-        compared={kind: len(items) for kind, items in found.items()},
+        compared=dict(Counter(item.kind for item in suspects)),
         num_different=len(wrong),
         largest=worst[0].relative,
         worst=tuple(worst),
@@ -68,8 +70,8 @@ def compare(
     )
 
 
-def _found(plan: Plan, reference: SerialStep, ranks: Sequence[RankReport]) -> dict[str, list[Difference]]:
-    """Everything that was compared, by kind, in the order of a step."""
+def _in_order(plan: Plan, reference: SerialStep, ranks: Sequence[RankReport]) -> list[Difference]:
+    """Everything that was compared, in the order of a step."""
     position = {name: index for index, name in enumerate(reference.order)}
     index = {name: number for number, name in enumerate(reference.parameters)}
 
@@ -79,13 +81,15 @@ def _found(plan: Plan, reference: SerialStep, ranks: Sequence[RankReport]) -> di
     outputs = _largest(plan, "output", [output_gaps(rank.outputs, reference.outputs) for rank in ranks])
     gradients = _largest(plan, "gradient", [_with_absent(rank) for rank in ranks])
     parameters = _largest(plan, "parameter", [rank.parameters for rank in ranks])
-    return {
-        "output": sorted(outputs, key=lambda item: position[item.name]),
-        "gradient": sorted(gradients, key=executed, reverse=True),
-        "total": _largest(plan, "total", [_total_gaps(rank, reference) for rank in ranks]),
-        "parameter": sorted(parameters, key=executed),
-        "buffer": _largest(plan, "buffer", [rank.buffers for rank in ranks]),
-    }
+    totals = _largest(plan, "total", [_total_gaps(rank, reference) for rank in ranks])
+    return [
+        *sorted(outputs, key=lambda item: position[item.name]),
+        *(total for total in totals if total.name in _OF_FORWARD),
+        *sorted(gradients, key=executed, reverse=True),
+        *(total for total in totals if total.name not in _OF_FORWARD),
+        *sorted(parameters, key=executed),
+        *_largest(plan, "buffer", [rank.buffers for rank in ranks]),
+    ]
 
 
 def _largest(plan: Plan, kind: str, ranks: Sequence[Mapping[str, Gap]]) -> list[Difference]:
@@ -138,8 +142,8 @@ def _with_absent(rank: RankReport) -> dict[str, Gap]:
 
 def _total_gaps(rank: RankReport, reference: SerialStep) -> dict[str, Gap]:
     totals = {
-        "loss": _scalar_gap(rank.loss, reference.loss),
         "num_tokens": _scalar_gap(rank.count, reference.count),
+        "loss": _scalar_gap(rank.loss, reference.loss),
         "grad_norm": _scalar_gap(rank.grad_norm, reference.grad_norm),
     }
     if rank.skipped != reference.skipped:

@@ -75,7 +75,7 @@ def report(
     """The report of a rank whose runner has just stepped. Every rank calls it: the state is gathered."""
     fused = isinstance(runner.optimizer, ScaledStep)  # .grad is then the sum, else the clipped mean
     true = reference.gradients if fused else reference.clipped
-    sees_gradients = plan.shard == "none"
+    sees_gradients = plan.shard == "none" or plan.axis("data") == 1
     gradients = _gradients(runner, result, fused) if sees_gradients else {}
     here = {name for name, value in runner.model.named_parameters() if not value.is_meta}
     state = runner.state_dict(full=True)["model"]

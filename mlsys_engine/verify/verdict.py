@@ -66,7 +66,7 @@ class Verdict:
     largest: float
     """The largest relative difference of all."""
     worst: tuple[Difference, ...]
-    """The largest differences, at most ten, the largest first."""
+    """The largest differences, at most ten, the largest first; where not ok, of those above the tolerance."""
     notes: tuple[str, ...] = ()
     """What the comparison left out or changed."""
 

@@ -33,6 +33,41 @@ class Net(nn.Module):
         return self.last(self.dropout(hidden).to(inputs.dtype))
 
 
+class TiedText(nn.Module):
+    """Four blocks with dropout between an embedding and a head that has its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2)) for _ in range(4)
+        )
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.embedding(ids)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        logits = self.head(hidden)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def text(rows: int = 8) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(11, (rows, 5), generator=generator)
+    labels = ids.roll(1, 1)
+    labels[0, 2:] = -100  # so microbatches count differently
+    return {"ids": ids, "labels": labels}
+
+
+def text_verdict_of(strategy: Any, rows: int = 8, world: int = 2, **options: Any) -> Verdict:
+    """Of TiedText under a strategy; in the job of the ranks that call it."""
+    model = TiedText()
+    return verify(model, mls.plan(model, strategy, text(2), world=world, **options), text(rows))
+
+
 def mlp() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
