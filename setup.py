@@ -64,6 +64,8 @@ CXX_FLAGS = [
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false"]
 INCLUDES = [str(ROOT / "csrc")]
+# Files of bindings that are compiled as one unit: reading torch's headers takes longer than all that follows.
+FILES_IN_A_UNIT = 12
 
 
 def check_tools() -> None:
@@ -114,6 +116,9 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+HEADERS = sources("csrc/**/*.h", "csrc/**/*.cuh")
+
+
 def kernels() -> Extension:
     """torch.ops.mlsys.*, with the CUDA sources when they are wanted."""
     files = sources(
@@ -133,8 +138,9 @@ def kernels() -> Extension:
         "mlsys_engine.native._kernels",
         files,
         include_dirs=INCLUDES,
-        extra_compile_args=flags,
+        extra_compile_args=flags,  # of its bindings and CUDA sources: the rest has those of the others
         py_limited_api=True,
+        depends=HEADERS,
     )
 
 
@@ -147,13 +153,17 @@ def comm() -> Extension:
         "csrc/optim/*.cpp",  # the fused step runs their rules
         "csrc/bindings/comm/*.cpp",
     )
-    flags = {"cxx": CXX_FLAGS}
     make = CppExtension
     if wants_cuda():
         make = CUDAExtension
         files += sources("csrc/comm/**/*.cu")
-        flags = {"cxx": [*CXX_FLAGS, "-DMLSYS_CUDA"], "nvcc": NVCC_FLAGS}
-    return make("mlsys_engine.native._comm", files, include_dirs=INCLUDES, extra_compile_args=flags)
+    return make(
+        "mlsys_engine.native._comm",
+        files,
+        include_dirs=INCLUDES,
+        extra_compile_args={"nvcc": NVCC_FLAGS},
+        depends=HEADERS,
+    )
 
 
 def plain(name: str, *patterns: str) -> Extension:
@@ -162,7 +172,7 @@ def plain(name: str, *patterns: str) -> Extension:
         f"mlsys_engine.native.{name}",
         sources(*patterns),
         include_dirs=INCLUDES,
-        extra_compile_args={"cxx": CXX_FLAGS},
+        depends=HEADERS,
     )
 
 
@@ -178,22 +188,81 @@ def extensions() -> list[Extension]:
     return [extension for extension in every if extension.sources and extension.name.endswith(only)]
 
 
+def split_sources(extension: Extension) -> tuple[list[str], list[str], list[str]]:
+    """Its C++ without torch, its bindings with torch's full headers, and what needs flags of its own."""
+    core, bindings, own = [], [], []
+    for file in extension.sources:
+        if not file.startswith("csrc/bindings/") and file.endswith(".cpp"):
+            core.append(file)
+        elif file.startswith("csrc/bindings/kernels/") or not file.endswith(".cpp"):
+            own.append(file)
+        else:
+            bindings.append(file)
+    return core, bindings, own
+
+
+def write_units(folder: Path, name: str, files: list[str]) -> list[str]:
+    """Sources that include `files`, a dozen each or fewer. One that has not changed is left alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = -(-len(files) // FILES_IN_A_UNIT)
+    units = []
+    for number in range(count):
+        part = files[number * len(files) // count : (number + 1) * len(files) // count]
+        text = "".join(f'#include "{file.removeprefix("csrc/")}"\n' for file in part)
+        unit = folder / f"{name}_{number}.cpp"
+        if not unit.exists() or unit.read_text() != text:
+            unit.write_text(text)
+        units.append(str(unit.relative_to(ROOT)))
+    return units
+
+
 class Build(BuildExtension):
-    """torch's ninja build with fixed object folders, so that editable installs rebuild only what changed."""
+    """torch's ninja build, which compiles what the extensions have in common once, and bindings in units.
+
+    Objects stay below build/native, wherever pip builds, so that editable installs rebuild only what changed.
+    """
 
     def finalize_options(self) -> None:
-        """Keeps the objects below build/native, wherever pip builds."""
+        """Fixes the object folder."""
         super().finalize_options()
         self.build_temp = str(ROOT / "build" / "native")
+        self.objects: dict[str, list[str]] | None = None
 
     def build_extension(self, ext: Extension) -> None:
-        """Builds one extension in a folder of its own: they share sources, but not flags."""
+        """Compiles what has flags of its own in a folder of its own, and links it with what is shared."""
+        if self.objects is None:
+            self.objects = self.compile_shared()
+        ext.extra_objects = self.objects[ext.name]
+        ext.sources = split_sources(ext)[2]
         shared = self.build_temp
         self.build_temp = str(Path(shared) / ext.name.rpartition(".")[2])
         try:
             super().build_extension(ext)
         finally:
             self.build_temp = shared
+
+    def compile_shared(self) -> dict[str, list[str]]:
+        """Compiles core and bindings of all extensions in one run of ninja; returns the objects of each."""
+        parts: dict[str, list[str]] = {}
+        for ext in self.extensions:
+            core, bindings, _ = split_sources(ext)
+            name = ext.name.rpartition(".")[2]
+            parts[ext.name] = write_units(Path(self.build_temp) / "units", name, bindings) + core
+        # Units first: they take longest.
+        files = sorted({file for part in parts.values() for file in part}, key=lambda f: (f[:4] == "csrc", f))
+        compile_objects = self.compiler.compile
+        objects = compile_objects(
+            files,
+            output_dir=str(Path(self.build_temp) / "shared"),
+            include_dirs=list(
+                dict.fromkeys(folder for ext in self.extensions for folder in ext.include_dirs)
+            ),
+            extra_postargs={"cxx": [*CXX_FLAGS, *(["-DMLSYS_CUDA"] if wants_cuda() else [])]},
+        )
+        # An extension may have no more to compile; torch's ninja build refuses that.
+        self.compiler.compile = lambda files, **options: compile_objects(files, **options) if files else []
+        made = dict(zip(files, objects, strict=True))
+        return {name: [made[file] for file in part] for name, part in parts.items()}
 
     def run(self) -> None:
         """Builds, and records for the loader what was built from which sources against which torch."""
