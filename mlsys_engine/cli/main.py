@@ -35,6 +35,11 @@ COMMANDS = {
         purpose="train a recipe; without one, a small GPT on text that every machine has",
         function="mlsys_engine.cli.train:run",
     ),
+    "plan": Command(
+        usage="plan [RECIPE] [--verify]",
+        purpose="the layout of a recipe's training; --verify proves it against one process",
+        function="mlsys_engine.cli.plan:run",
+    ),
     "runs": Command(
         usage="runs list|show|plot",
         purpose="the records of earlier trainings",

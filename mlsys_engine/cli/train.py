@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mlsys_engine import strategies
 from mlsys_engine.cli.output import Output, figure
+from mlsys_engine.cli.plan import plan_of
 from mlsys_engine.cli.runs import print_comparison
 from mlsys_engine.cli.train_command import TrainCommand, parse, pin_resumed
 from mlsys_engine.comm.launch import World, detect, init, launch_local, launched
@@ -19,8 +19,6 @@ from mlsys_engine.native import build_info
 from mlsys_engine.recipes import RecipeRun, recorded_settings
 from mlsys_engine.tracking import new_run_id, read_run
 from mlsys_engine.trainer import FitResult, Trainer, TrainingInterrupted
-
-_PLAN_OPTIONS = ("precision", "accumulate", "activation", "numerics", "compile")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,17 +40,13 @@ def _dry_run(command: TrainCommand, num_ranks: int) -> int:
         return 0
     out = Output(as_json=command.options.json)
     training = command.recipe.build(with_baselines=False)
-    loader = training.train_loader
-    sample = loader.collate_fn([loader.dataset[0]])
-    options = {name: training.trainer_kwargs[name] for name in _PLAN_OPTIONS}
-    plan = strategies.plan(
-        training.model, training.trainer_kwargs["strategy"], sample, world=num_ranks, **options
-    )
+    plan = plan_of(training, num_ranks)
     if command.options.json:
         out.json(json.loads(plan.to_json()))
     else:
         out.say(str(plan))
-        out.say(f"  global batch {loader.batch_size} sequences a step; nothing was started (--dry-run)")
+        size = training.train_loader.batch_size
+        out.say(f"  global batch {size} sequences a step; nothing was started (--dry-run)")
     return 0
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -16,6 +16,7 @@ from mlsys_engine.errors import CheckpointError, ConfigError, LaunchError
 from mlsys_engine.recipes import DEFAULT_RECIPE, RECIPES, Recipe, recipe_class, recipe_from_record
 from mlsys_engine.tracking import find_run, read_run
 
+T = TypeVar("T")
 DEFAULT_RANKS = 2
 _CONFIG = (tyro.conf.FlagCreatePairsOff,)
 
@@ -72,7 +73,7 @@ class TrainCommand:
 
 def parse(arguments: Sequence[str]) -> TrainCommand:
     """Reads the command line; tyro tells of unknown options and leaves with status 2."""
-    name, rest = _take_recipe(arguments)
+    name, rest = take_recipe(arguments)
     defaults, resumed_dir, resumed_ranks = None, None, None
     if _asks_to_resume(rest):
         early, _ = tyro.cli(
@@ -90,7 +91,7 @@ def parse(arguments: Sequence[str]) -> TrainCommand:
             )
         name = recorded_name
     name = name or DEFAULT_RECIPE
-    options, recipe = _parse_options(name, defaults, rest)
+    options, recipe = parse_options(f"mlsys train {name}", name, TrainOptions(), rest, defaults=defaults)
     return TrainCommand(
         recipe_name=name,
         recipe=recipe,
@@ -100,16 +101,17 @@ def parse(arguments: Sequence[str]) -> TrainCommand:
     )
 
 
-def _parse_options(
-    name: str, defaults: Recipe | None, arguments: Sequence[str]
-) -> tuple[TrainOptions, Recipe]:
+def parse_options(
+    prog: str, name: str, options: T, arguments: Sequence[str], *, defaults: Recipe | None = None
+) -> tuple[T, Recipe]:
+    """The command's options, whose defaults are `options`, and the settings of the recipe `name`."""
     kind = recipe_class(name)
     flat = tyro.conf.arg(name="")  # options without a prefix
     recipe_field: Any = dataclasses.field() if defaults is None else dataclasses.field(default=defaults)
     combined = dataclasses.make_dataclass(
         "Train",
         [
-            ("options", Annotated[TrainOptions, flat], dataclasses.field(default=TrainOptions())),
+            ("options", Annotated[type(options), flat], dataclasses.field(default=options)),
             ("recipe", Annotated[kind, flat], recipe_field),
         ],
         kw_only=True,
@@ -117,14 +119,14 @@ def _parse_options(
     parsed: Any = tyro.cli(
         combined,
         args=list(arguments),
-        prog=f"mlsys train {name}",
+        prog=prog,
         description=f"{kind.__doc__}\nRecipes: {', '.join(RECIPES)}.",
         config=_CONFIG,
     )
     return parsed.options, parsed.recipe
 
 
-def _take_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+def take_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe's name, first or anywhere among the options, and the other arguments."""
     rest = list(arguments)
     if rest and not rest[0].startswith("-"):

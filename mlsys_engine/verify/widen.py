@@ -50,8 +50,10 @@ def wide_plan(plan: Plan, notes: list[str]) -> Plan:
     """The plan with float64 in place of its precision and of its gradients' types; `notes` tell of it."""
     if plan.precision != "fp32":
         notes.append(f"{plan.precision} was replaced by float64, which shows what rounding would hide")
+    if plan.activation:
+        notes.append('no block was run again in backward: precision="model" compares that, too')
     buckets = tuple(replace(bucket, dtype="float64") for bucket in plan.buckets)
-    return replace(plan, precision="fp32", buckets=buckets)
+    return replace(plan, precision="fp32", activation=(), buckets=buckets)
 
 
 def exact_plan(plan: Plan, notes: list[str]) -> Plan:
