@@ -45,22 +45,22 @@ def run_planned(
     runner = apply(
         plan, model, optimizer=inputs.optimizer, loss=inputs.loss, max_grad_norm=inputs.max_grad_norm
     )
+    recorder.shard = runner.data_rank
+    inputs.seed_shard(runner.data_rank)
     try:
-        recorder.shard = runner.data_rank
-        inputs.seed_shard(runner.data_rank)
         result = runner.step(list(inputs.shards[runner.data_rank]))
-        recorder.close()
-        return report(
-            plan,
-            runner=runner,
-            result=result,
-            recorder=recorder,
-            reference=reference,
-            tolerance=tolerance,
-        )
     finally:
         recorder.close()
-        runner.close()
+    found = report(
+        plan,
+        runner=runner,
+        result=result,
+        recorder=recorder,
+        reference=reference,
+        tolerance=tolerance,
+    )
+    runner.close()  # not after a failure: a divided model is made whole by all ranks together
+    return found
 
 
 def report(

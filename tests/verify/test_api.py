@@ -85,6 +85,11 @@ def _on_own_ranks(rank: int, world_size: int) -> dict[str, Any]:
     two = [pairs(3), pairs(4)]
     said["microbatches"] = verify(mlp(), plan_of(mlp()), two, loss=squared_error)
     said["as loaders yield"] = verify(mlp(), plan_of(mlp()), list(pairs()), loss=squared_error)
+    subject, divided = mlp(), mls.PipelineParallel(2, split=("3",))
+    try:
+        verify(subject, plan_of(subject, strategy=divided), pairs(), loss=_raises_on_rank_1, timeout_s=30.0)
+    except Exception as error:
+        said["bug in a stage"] = error
     for name, subject, loss, settings in (
         ("own generator", OwnGenerator(), squared_error, {}),
         ("state", Stateful(), squared_error, {}),
@@ -146,6 +151,8 @@ def test_a_rank_that_fails_is_named_with_its_own_words(said: dict[str, Any]) -> 
     assert isinstance(said["mistake"], ConfigError)
     assert "On rank 1: The loss function returned a str" in str(said["mistake"])
     assert isinstance(said["bug"], InternalError) and "ZeroDivisionError: of rank 1" in str(said["bug"])
+    assert isinstance(said["bug in a stage"], InternalError), str(said["bug in a stage"])
+    assert "ZeroDivisionError: of rank 1" in str(said["bug in a stage"])
     assert isinstance(said["death"], LaunchError) and "Rank 1 of verify died" in str(said["death"])
     assert isinstance(said["too slow"], LaunchError)
     assert "has not answered in 1 s" in str(said["too slow"])
