@@ -23,7 +23,15 @@ from mlsys_engine import (
 )
 from mlsys_engine.comm.launch import World, init
 from mlsys_engine.plan import EvalResult, Plan, Runner, StepResult
-from mlsys_engine.strategies import DataParallel, HybridParallel, PipelineParallel, apply, plan, wrap
+from mlsys_engine.strategies import (
+    DataParallel,
+    HybridParallel,
+    ModelParallel,
+    PipelineParallel,
+    apply,
+    plan,
+    wrap,
+)
 from mlsys_engine.trainer import SaveEvery, Trainer, TrainingInterrupted
 from mlsys_engine.verify import Verdict, verify
 
@@ -33,6 +41,7 @@ __all__ = [
     "DataParallel",
     "EvalResult",
     "HybridParallel",
+    "ModelParallel",
     "PipelineParallel",
     "Plan",
     "Runner",

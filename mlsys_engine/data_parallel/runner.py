@@ -264,6 +264,18 @@ class DataParallelRunner:
         """Names of parameters and buffers that other ranks hold, and this one does not."""
         return frozenset() if self._share is None else self._share.elsewhere
 
+    @property
+    def holds_parts(self) -> bool:
+        """Whether parameters are cut over ranks: live tensors are then parts, which only `full` joins."""
+        return self._share is not None and self._share.holds_parts
+
+    def joined(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A tensor shaped like the parameter `name` is here, its gradient say, as one of the whole's shape.
+
+        The ranks that hold its parts call it together.
+        """
+        return part if self._share is None else self._share.joined(name, part)
+
     def place_state(self, name: str, key: str) -> FlatShard | None:
         """Where a checkpoint's piece `key` of the optimizer state of parameter `name` is loaded to.
 

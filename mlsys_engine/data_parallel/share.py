@@ -50,6 +50,14 @@ class Share(Protocol):
     def elsewhere(self) -> frozenset[str]:
         """Names of parameters and buffers that are on other ranks of `parts` alone."""
 
+    @property
+    def holds_parts(self) -> bool:
+        """Whether some parameters here are parts of what the model has by that name."""
+
+    def joined(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A tensor of a parameter's shape here as one of the whole parameter's. Called by the ranks that hold
+        its parts together."""
+
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ConfigError for a rule that cannot step the parts by themselves."""
 

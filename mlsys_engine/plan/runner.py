@@ -68,6 +68,16 @@ class Runner(Protocol):
     def elsewhere(self) -> Collection[str]:
         """Names of parameters and buffers of which this rank has nothing; a checkpoint skips them."""
 
+    @property
+    def holds_parts(self) -> bool:
+        """Whether parameters here are parts of the model's: checkpoints then hold the full state."""
+
+    def joined(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A tensor shaped like the parameter `name` is here, a gradient say, as one of the whole's shape.
+
+        Ranks that hold parts of a parameter call it together.
+        """
+
     def place_state(self, name: str, key: str) -> Any | None:
         """Where a checkpoint's piece `key` of the optimizer state of `name` goes; None: to a new tensor."""
 

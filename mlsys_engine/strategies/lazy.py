@@ -67,6 +67,13 @@ class LazyRunner:
     def elsewhere(self) -> Collection[str]:
         return self.built().elsewhere
 
+    @property
+    def holds_parts(self) -> bool:
+        return self.built().holds_parts
+
+    def joined(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        return self.built().joined(name, part)
+
     def place_state(self, name: str, key: str) -> Any | None:
         return self.built().place_state(name, key)
 

@@ -12,10 +12,11 @@ from mlsys_engine.strategies.base import Strategy
 STRATEGIES = {
     "data_parallel": "mlsys_engine.strategies.data_parallel:DataParallel",
     "hybrid_parallel": "mlsys_engine.strategies.hybrid_parallel:HybridParallel",
+    "model_parallel": "mlsys_engine.strategies.model_parallel:ModelParallel",
     "pipeline_parallel": "mlsys_engine.strategies.pipeline_parallel:PipelineParallel",
 }
 # Names that the design has and this version does not build: refused as such, not as spelling mistakes.
-_LATER = ("model_parallel", "auto")
+_LATER = ("auto",)
 
 
 def strategy_type(name: str) -> type[Any]:

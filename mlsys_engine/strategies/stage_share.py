@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from mlsys_engine.data_parallel.accumulation import Accumulation
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.errors import ConfigError, InternalError
 from mlsys_engine.optim import LossScaler
-from mlsys_engine.pipeline.partial import StagePart, parameter_stages
+from mlsys_engine.pipeline.partial import Cuts, StagePart, parameter_stages
 from mlsys_engine.pipeline.runtime import (
     PipelineAccumulation,
     PlannedSchedule,
@@ -71,6 +71,12 @@ class StageShare:
             self._homes[bucket.slots[0].name][0] in self._own for bucket in self.plan.buckets
         )
 
+    holds_parts = False
+
+    def joined(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """No parameter is divided."""
+        return part
+
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Any rule can: no parameter is divided."""
 
@@ -82,14 +88,24 @@ class StageShare:
                 torch.utils.swap_tensors(parameter, absent)
 
     def accumulation(
-        self, model: nn.Module, reducer: Reducer, device: torch.device, scaler: LossScaler | None
+        self,
+        model: nn.Module,
+        reducer: Reducer,
+        device: torch.device,
+        scaler: LossScaler | None,
+        *,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        cuts: Cuts | None = None,
     ) -> Accumulation:
+        """`shapes` are the whole's of parameters that are held in part, and `cuts` what they run under."""
         num_stages = len(self._schedule.placement)
         return PipelineAccumulation(
             schedule=self._schedule,
             model=model,
             parts={
-                stage: StagePart(model, stage, self._stages, num_stages, self._escapes)
+                stage: StagePart(
+                    model, stage, self._stages, num_stages, self._escapes, shapes=shapes, cuts=cuts
+                )
                 for stage in sorted(self._own)
             },
             group=self._pipeline,

@@ -207,6 +207,11 @@ def log_softmax(flow: Flow, args: Any, kwargs: Any, outputs: Any) -> Layouts:
     return [flow.layout(args[0])]
 
 
+def fresh(flow: Flow, args: Any, kwargs: Any, outputs: Any) -> Layouts:
+    """New values of a shape, a mask of dropout for one: nothing of the old ones is read."""
+    return None
+
+
 def nll_loss(flow: Flow, args: Any, kwargs: Any, outputs: Any) -> Layouts:
     return None
 
@@ -299,6 +304,9 @@ def _borders(lengths: tuple[int, ...]) -> list[int]:
 RULES: dict[str, Any] = {
     "pointwise": pointwise, "native_dropout": pointwise, "masked_fill": pointwise, "where": pointwise,
     "bernoulli": pointwise,
+    "empty_like": fresh, "zeros_like": fresh, "ones_like": fresh, "full_like": fresh,
+    "rand_like": fresh, "randn_like": fresh, "new_empty": fresh, "new_zeros": fresh, "new_ones": fresh,
+    "new_full": fresh,
     "view": view, "_unsafe_view": view, "reshape": view, "unsqueeze": view, "squeeze": view,
     "permute": permute, "transpose": transpose, "t": transpose, "expand": expand,
     "select": select, "unbind": unbind, "slice": slice_, "cat": cat,

@@ -41,17 +41,17 @@ class TrainingState:
             "optimizer_class": type(self.runner.optimizer).__name__,
         }
         return checkpoint.Contents.of_runner_state(
-            self.runner.state_dict(), shared=shared, own=rng_state.capture()
+            self.runner.state_dict(full=self.runner.holds_parts), shared=shared, own=rng_state.capture()
         )
 
     def restore(self, path: Path) -> tuple[int, list[str]]:
         """Loads the checkpoint at `path`: the step to go on from, and what a person should know about it."""
         template = checkpoint.Contents.of_runner_state(
-            self.runner.state_dict(),
+            self.runner.state_dict(full=self.runner.holds_parts),
             shared={},
             own={},
-            place=self.runner.place_state,
-            elsewhere=self.runner.elsewhere,
+            place=None if self.runner.holds_parts else self.runner.place_state,
+            elsewhere=() if self.runner.holds_parts else self.runner.elsewhere,
         )
         loaded = checkpoint.load(path, template)
         contents, step = loaded.contents, loaded.marker.step

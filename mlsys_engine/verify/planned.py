@@ -99,7 +99,7 @@ def report(
 def _gradients(runner: Runner, result: StepResult, fused: bool) -> Tensors:
     divisor = result.num_tokens * result.measured.get("loss_scale", torch.ones(())).to(torch.float64)
     return {
-        name: value.grad.to(torch.float64) / (divisor if fused else 1.0)
+        name: runner.joined(name, value.grad).to(torch.float64) / (divisor if fused else 1.0)
         for name, value in runner.model.named_parameters()
         if value.grad is not None
     }

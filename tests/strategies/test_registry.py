@@ -23,7 +23,7 @@ def test_a_name_may_be_written_in_any_of_the_usual_ways(name):
     assert from_name(name) == DataParallel()
 
 
-@pytest.mark.parametrize("name", ["model_parallel", "auto"])
+@pytest.mark.parametrize("name", ["auto"])
 def test_strategies_that_are_not_built_yet_are_refused_as_such(name):
     with pytest.raises(ConfigError, match="This version builds data_parallel"):
         from_name(name)

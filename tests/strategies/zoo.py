@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 WORDS = 96
 SMALL: dict[str, Any] = {
@@ -18,6 +19,19 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 Batch = dict[str, Any]
+
+
+class InFloat64(TorchFunctionMode):
+    """Norms, routers and losses that models compute in float32, whatever their weights are, in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+
+        def widened(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        return func(*map(widened, args), **{key: widened(each) for key, each in (kwargs or {}).items()})
 
 
 def text(rows: int, tokens: int) -> Batch:

@@ -3,11 +3,12 @@
 
 from mlsys_engine.pipeline.partial.refusals import PartialForwardError
 from mlsys_engine.pipeline.partial.signatures import Form, signature_of
-from mlsys_engine.pipeline.partial.stage_part import Crossings, PartResult, StagePart
+from mlsys_engine.pipeline.partial.stage_part import Crossings, Cuts, PartResult, StagePart
 from mlsys_engine.pipeline.partial.units import Units, find_units, parameter_stages
 
 __all__ = [
     "Crossings",
+    "Cuts",
     "Form",
     "PartResult",
     "PartialForwardError",

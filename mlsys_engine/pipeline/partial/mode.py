@@ -92,6 +92,7 @@ class StageMode(TorchFunctionMode):
         homes: Homes,
         receive: Callable[[torch.Tensor], torch.Tensor],
         ends: tuple[int, int, int] | None,
+        leaving: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         self.sent: list[torch.Tensor] = []
@@ -99,6 +100,7 @@ class StageMode(TorchFunctionMode):
         self.unit_calls = 0
         self._stage, self._last, self._device, self._homes = stage, last, device, homes
         self._receive, self._ends = receive, ends
+        self._leaving = leaving  # makes whole what is cut over other ranks, before it may cross
         self._token = object()  # of this run: tags of others do not count
         self._position = 0  # the latest stage whose unit has been called: there random numbers are drawn
         self._came: dict[int, torch.Tensor] = {}  # absent value -> what was received for it
@@ -137,11 +139,13 @@ class StageMode(TorchFunctionMode):
     def tag(self, tensor: torch.Tensor, stage: int) -> None:
         tensor.__dict__[_TAG] = (self._token, stage)
 
-    def tag_own(self, value: Any) -> None:
-        """Values of this stage that left a unit."""
+    def tag_own(self, value: Any) -> Any:
+        """Values of this stage that left a unit, as they may cross."""
+        value = self._made_whole(value)
         for tensor in tensors_of(value):
             if id(tensor) not in self._homes:
                 self.tag(tensor, self._stage)
+        return value
 
     def _home(self, tensor: torch.Tensor, stage: int) -> int:
         """Of a parameter: nowhere if the reading stage has it, else its first stage."""
@@ -218,12 +222,15 @@ class StageMode(TorchFunctionMode):
         if any(real[id(tensor)] is not tensor for tensor in given):
             args, kwargs = map_tensors((args, kwargs), lambda tensor: real[id(tensor)])
         with _pop_mode_temporarily():
-            output = own(*args, **kwargs)
+            output = self._made_whole(own(*args, **kwargs))
         with torch._C.DisableTorchFunction():
             output = self._own_output(output, back)
         self.unit_calls += 1
         self.leave_if_done()
         return output
+
+    def _made_whole(self, output: Any) -> Any:
+        return output if self._leaving is None or self._stage == self._last else self._leaving(output)
 
     def _own_output(self, output: Any, given: dict[int, tuple[torch.Tensor, int]]) -> Any:
         """Tags what a unit made. An input that it returns as it came stays the value that it was."""
@@ -279,7 +286,7 @@ class StageMode(TorchFunctionMode):
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         stage = self._stage_of_operation(name, leaves, args, kwargs)
         if stage == _NOWHERE:
-            output = func(*args, **kwargs)
+            output = self._made_whole(func(*args, **kwargs))
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
                     self.tag(tensor, _NOWHERE)
@@ -316,7 +323,7 @@ class StageMode(TorchFunctionMode):
         target = args[0] if args and isinstance(args[0], torch.Tensor) and _writes(name) else None
         new_args, new_kwargs = pytree.tree_map(change, (args, kwargs))
         if stage == self._stage:
-            output = func(*new_args, **new_kwargs)
+            output = self._made_whole(func(*new_args, **new_kwargs))
             for tensor in _tensors(output):
                 if id(tensor) not in self._homes:
                     self.tag(tensor, stage)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +45,16 @@ class PartResult(Generic[T]):
     rng_state: tuple[torch.Tensor, ...]
 
 
+class Cuts(Protocol):
+    """Parameters that are held in part, by ranks that run the same stage together."""
+
+    def seen(self) -> AbstractContextManager[None]:
+        """Entered for each run, inside of which the model's code sees them whole."""
+
+    def gathered(self, tree: Any) -> Any:
+        """Values without those that are cut themselves. Called by these ranks together."""
+
+
 class StagePart:
     """One stage of a model. A rank with several stages has one of these for each, over the same model.
 
@@ -64,6 +74,7 @@ class StagePart:
         escapes: Sequence[str] = (),
         *,
         shapes: Shapes | None = None,
+        cuts: Cuts | None = None,
     ) -> None:
         if not 0 <= stage < num_stages or any(not 0 <= each < num_stages for each in stages.values()):
             raise ConfigError(
@@ -81,7 +92,7 @@ class StagePart:
             for name, unit in self._units.items()
             if stages[name] != stage
         }
-        self._shapes = shapes or {}
+        self._shapes, self._cuts = shapes or {}, cuts
         self._known: dict[Hashable, Crossings] = {}
 
     def crossings(self, signature: Hashable) -> Crossings | None:
@@ -118,11 +129,12 @@ class StagePart:
             homes=self._homes(),
             receive=receive,
             ends=None if is_last else ends,
+            leaving=None if self._cuts is None else self._cuts.gathered,
         )
         output: T | None = None
         with self._installed(mode):
             try:
-                with mode:
+                with self._seen(), mode:
                     result = forward()
                 mode.finish(result)
                 output = result if is_last else None
@@ -143,6 +155,9 @@ class StagePart:
             received=tuple(mode.received),
             rng_state=_rng_state(self._device()),
         )
+
+    def _seen(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._cuts is None else self._cuts.seen()
 
     def _check_same(self, known: Crossings | None, found: Crossings) -> None:
         if known is not None and (known.received, known.sent) != (found.received, found.sent):
@@ -206,8 +221,8 @@ class StagePart:
         return (signature, self.model.training, torch.is_grad_enabled(), casting)
 
 
-def _tag_outputs(mode: StageMode, module: nn.Module, args: Any, output: Any) -> None:
-    mode.tag_own(output)
+def _tag_outputs(mode: StageMode, module: nn.Module, args: Any, output: Any) -> Any:
+    return mode.tag_own(output)
 
 
 def _refuse_own_checkpointing(model: nn.Module) -> None:

@@ -191,7 +191,8 @@ class Stage:
         if not torch.is_grad_enabled():
             yield {}
             return
-        aliases = {name: own.detach().requires_grad_() for name, own in self._borrowed.items()}
+        with torch._C.DisableTorchFunction():  # of what is held, also where that is a part
+            aliases = {name: own.detach().requires_grad_() for name, own in self._borrowed.items()}
         for name, alias in aliases.items():
             for module, leaf in self._slots[name]:
                 module._parameters[leaf] = alias  # type: ignore[assignment]

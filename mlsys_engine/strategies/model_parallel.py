@@ -1,0 +1,131 @@
+"""Tensor parallelism: the weights of each layer are cut over ranks, which compute it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from mlsys_engine.comm.launch import World
+from mlsys_engine.errors import ConfigError
+from mlsys_engine.numerics import Loss
+from mlsys_engine.optim import GradientNoiseScale, LossScaler
+from mlsys_engine.plan import Plan, Runner
+from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, SampleNeededError, Subject
+from mlsys_engine.strategies.data_parallel import DataParallel
+from mlsys_engine.strategies.mesh import build_mesh, plan_mesh
+from mlsys_engine.tensor_parallel import check_heads, infer, plan_of_model, shardings, styles_of_plan
+
+AUTO, OF_MODEL = "auto", "model"
+
+
+@dataclass(frozen=True, init=False)
+class ModelParallel:
+    """Every rank holds a part of each large weight, and all compute every layer of each microbatch together.
+
+    An unchanged model runs its own forward. Values stay cut from one weight to the next where each rank can
+    go on with its part, and are summed or gathered where it cannot. All ranks are fed the same batches.
+    """
+
+    name: ClassVar[str] = "model_parallel"
+
+    size: int | None
+    """Ranks that the weights are cut over; None: all of the world."""
+    cuts: str | tuple[tuple[str, str], ...]
+    """What was given as plan=."""
+
+    def __init__(self, size: int | None = None, plan: str | Mapping[str, str] = AUTO) -> None:
+        """`plan` is "auto", "model" (the tp_plan that a Hugging Face model brings along), or a mapping of
+        patterns of module names to styles: {"layers.*.up": "column", "layers.*.down": "row"}."""
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ConfigError(
+                f"ModelParallel(size={size!r}).",
+                "It is a whole number of ranks of at least 1.",
+                "Leave size out for all ranks of the world.",
+            )
+        if not (isinstance(plan, Mapping) or plan in (AUTO, OF_MODEL)):
+            raise ConfigError(
+                f"ModelParallel(plan={plan!r}).",
+                'A plan is "auto", "model", or a mapping of patterns of module names to styles.',
+                'Use plan="auto".',
+            )
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "cuts", plan if isinstance(plan, str) else tuple(plan.items()))
+
+    def plan(self, subject: Subject, world_size: int, options: PlanOptions) -> Plan:
+        """Styles and buckets. Needs no ranks, and a sample for an automatic plan; raises ConfigError for what
+        cannot be."""
+        size = self.size or world_size
+        if size != world_size:
+            raise ConfigError(
+                f"ModelParallel({size}) on {world_size} ranks.",
+                "Every rank of the world has its part of the weights.",
+                f"Launch {size} ranks, or use HybridParallel(model={size}, data=...) for a multiple.",
+            )
+        return plan_mesh(
+            self.name,
+            subject,
+            options,
+            data=DataParallel(),
+            data_size=1,
+            model=self,
+            model_size=size,
+        )
+
+    def resolve(self, subject: Subject, size: int) -> tuple[tuple[str, str], ...]:
+        """The styles of modules and parameters, checked against the model."""
+        if isinstance(self.cuts, str):
+            check_heads(subject.model, size)
+        if self.cuts != AUTO:
+            given = plan_of_model(subject.model) if isinstance(self.cuts, str) else dict(self.cuts)
+            styles = styles_of_plan(subject.model, given)
+        elif subject.sample is None:
+            raise SampleNeededError(
+                f"{type(self).__name__} without a sample.",
+                "The model's forward is followed once, on no data, to see which weights can be cut.",
+                "Give sample=batch to mls.plan or mls.wrap, a batch as runner.step is given.",
+            )
+        else:
+            styles = infer(subject.model, subject.sample, size, _with_loss(subject)).styles
+        if not shardings(subject.model, styles, size):
+            raise ConfigError(
+                f"ModelParallel({size}) for a {type(subject.model).__name__}.",
+                "It cuts the weights of projections, embeddings and experts; no weight of this model can be "
+                "cut.",
+                "Use DataParallel() or PipelineParallel(), or name what to cut: plan={...}.",
+            )
+        return styles
+
+    @staticmethod
+    def build(
+        plan: Plan,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        loss: Loss | None,
+        max_grad_norm: float | None,
+        world: World,
+        loss_scaler: LossScaler | None,
+        noise_scale: GradientNoiseScale | None,
+    ) -> Runner:
+        """Converts the model in place; its parameters become this rank's parts."""
+        return build_mesh(
+            plan,
+            model,
+            optimizer=optimizer,
+            loss=loss,
+            max_grad_norm=max_grad_norm,
+            world=world,
+            loss_scaler=loss_scaler,
+            noise_scale=noise_scale,
+        )
+
+
+def _with_loss(subject: Subject) -> Callable[[nn.Module, Any], Any]:
+    def call(model: nn.Module, sample: Any) -> Any:
+        output = subject.call(model, sample)
+        return output if subject.loss is None else subject.loss(output, sample)
+
+    return call
