@@ -106,7 +106,8 @@ class CutShare:
         context = TensorParallel(model, here, self._shapes, self._group)
         if self._stages is None:
             return CutAccumulation(InOrder(reducer, device, scaler), context)
-        shapes, share = self._shapes, self._stages
+        first, share = self._shapes, self._stages
+        shapes = first | {alias: first[name] for alias, name in self._aliases.items() if name in first}
         return CutAccumulation(
             share.accumulation(model, reducer, device, scaler, shapes=shapes, cuts=context), context
         )
