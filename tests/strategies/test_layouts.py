@@ -23,6 +23,9 @@ LAYOUTS = {
     "deep-pipeline": (4, mls.PipelineParallel(4, "zb-h1")),
     "hybrid": (4, mls.HybridParallel(data=2, pipeline=2)),
     "sharded-hybrid": (4, mls.HybridParallel(data=SHARDED, pipeline=2)),
+    "model": (2, mls.ModelParallel()),
+    "sharded-model": (4, mls.HybridParallel(data=SHARDED, model=2)),
+    "all": (8, mls.HybridParallel(data=2, pipeline=2, model=2)),
 }
 
 
@@ -50,7 +53,9 @@ def _save(rank, world_size, layout, folder):
     runner = _runner(layout, seed=0)
     for step in range(2):
         runner.step([words(4, seed=2 * step), words(5, seed=2 * step + 1)])
-    contents = checkpoint.Contents.of_runner_state(runner.state_dict(), shared={}, own={})
+    contents = checkpoint.Contents.of_runner_state(
+        runner.state_dict(full=runner.holds_parts), shared={}, own={}
+    )
     checkpoint.save(folder, 2, contents, plan_hash=runner.plan.hash)
     return _whole(runner)
 
@@ -58,14 +63,19 @@ def _save(rank, world_size, layout, folder):
 def _load(rank, world_size, layout, folders):
     """What a runner of this layout has gathered after loading each checkpoint; and that it trains on."""
     runner, found = _runner(layout, seed=1), []
+    elsewhere = () if runner.holds_parts else runner.elsewhere
     for folder in folders:
         template = checkpoint.Contents.of_runner_state(
-            runner.state_dict(), shared={}, own={}, place=runner.place_state, elsewhere=runner.elsewhere
+            runner.state_dict(full=runner.holds_parts),
+            shared={},
+            own={},
+            place=None if runner.holds_parts else runner.place_state,
+            elsewhere=elsewhere,
         )
         newest = checkpoint.latest(Path(folder))
         assert newest is not None
         loaded = checkpoint.load(newest, template).contents
-        assert not set(loaded.model) & set(runner.elsewhere)
+        assert not set(loaded.model) & set(elsewhere)
         runner.load_state_dict(loaded.runner_state())
         found.append(_whole(runner))
         assert torch.isfinite(runner.step([words(4, seed=9)]).loss)
@@ -88,8 +98,8 @@ def _check(run_ranks, tmp_path, savers, loaders):
             assert not different, f"{saver} into {layout}: {different[:3]}"
 
 
-def test_a_sharded_hybrid_loads_into_a_pipeline_and_a_pipeline_into_one_process(run_ranks, tmp_path):
-    _check(run_ranks, tmp_path, ["sharded-hybrid", "pipeline-v"], ["pipeline", "alone"])
+def test_what_two_hybrids_save_loads_into_cut_weights_and_into_a_pipeline(run_ranks, tmp_path):
+    _check(run_ranks, tmp_path, ["sharded-hybrid", "sharded-model"], ["model", "pipeline"])
 
 
 @pytest.mark.slow

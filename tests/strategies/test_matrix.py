@@ -32,8 +32,12 @@ MODELS = (
     "resnet",
     "skipping",
 )
-# A value that is read in three stages gets its shares of the gradient in another order: some roundings.
-EXACT = {"skipping": 1e-5}
+# A value that is read in three stages gets its shares of the gradient in another order, and so does a weight
+# of which each expert reads a slice: some roundings.
+EXACT = {"skipping": 1e-5, "mixtral": 1e-5}
+# Statistics over microbatches of one image make training so sensitive that last bits of weights move some
+# gradients by some per cent in ten steps: what one process does then is the measure.
+SENSITIVE = ("resnet",)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline": (
         2,
@@ -80,9 +84,13 @@ def _gathered(runner) -> dict[str, torch.Tensor]:
     return {**state["model"], **moments}
 
 
-def _alone(zoo, name, dtype, steps, shards):
+def _alone(zoo, name, dtype, steps, *, shards, nudge=0.0, seed=0):
     """One process that steps over the microbatches of all data ranks."""
-    runner = alone(zoo.model(name, dtype), optimizer=SGD, loss=None)
+    model, noise = zoo.model(name, dtype), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + nudge * torch.randn(parameter.shape, generator=noise).to(dtype))
+    runner = alone(model, optimizer=SGD, loss=None)
     losses = []
     for step in range(steps):
         pieces = [
@@ -135,12 +143,17 @@ def _compared(rank, world_size, name, layouts):
         for dtype, steps in ((torch.float64, 1), (torch.float32, 10)):
             with zoo.InFloat64() if dtype is torch.float64 else contextlib.nullcontext():
                 losses, state, shards = _distributed(zoo, name, dtype, steps, strategy)
-                expected, whole = _alone(zoo, name, dtype, steps, shards)
+                expected, whole = _alone(zoo, name, dtype, steps, shards=shards)
             loss = max(abs(float(a / b) - 1) for a, b in zip(losses, expected, strict=True))
-            found[layout, str(dtype)] = max(
-                (loss, "loss"),
-                _furthest(state, whole, buffers=shards == 1, floor=0.0 if is_exact else 0.01),
-            )
+            buffers, floor = shards == 1, 0.0 if is_exact else 0.01
+            difference = max((loss, "loss"), _furthest(state, whole, buffers=buffers, floor=floor))
+            own = 0.0
+            if name in SENSITIVE and steps > 1 and not is_exact:
+                for seed in range(4):
+                    nudge = torch.finfo(dtype).eps
+                    _, nudged = _alone(zoo, name, dtype, steps, shards=shards, nudge=nudge, seed=seed)
+                    own = max(own, _furthest(nudged, whole, buffers=buffers, floor=floor)[0])
+            found[layout, str(dtype)] = (*difference, own)
     return found
 
 
@@ -150,6 +163,8 @@ def _compared(rank, world_size, name, layouts):
 def test_a_model_under_a_layout_is_the_model(run_ranks, name, kind):
     world_size, layouts = LAYOUTS[kind]
     for found in run_ranks(_compared, world_size, name, layouts, timeout_s=300):
-        for (layout, dtype), (difference, where) in found.items():
+        for (layout, dtype), (difference, where, own) in found.items():
             limit = EXACT.get(name, 0.0) if kind == "pipeline" else 1e-10 if "64" in dtype else 1e-4
-            assert difference <= limit, f"{name}, {layout}, {dtype}: {where} differs by {difference:.2e}"
+            assert difference <= max(limit, 2 * own), (
+                f"{name}, {layout}, {dtype}: {where} differs by {difference:.2e}"
+            )
