@@ -22,6 +22,7 @@ from mlsys_engine.data_parallel import guard, state
 from mlsys_engine.data_parallel.accumulation import Accumulation
 from mlsys_engine.data_parallel.arenas import ModelArenas
 from mlsys_engine.data_parallel.buffers import BufferSync
+from mlsys_engine.data_parallel.forward import ForwardPass
 from mlsys_engine.data_parallel.invariance import refuse_changed_buffers
 from mlsys_engine.data_parallel.part_norms import PartNorms
 from mlsys_engine.data_parallel.reducer import Reducer
@@ -34,12 +35,8 @@ from mlsys_engine.memory.flat_shard import FlatShard
 from mlsys_engine.numerics import (
     Loss,
     autocast,
-    call_model,
     gradient_scale,
-    loss_sum_and_count,
     numerics_mode,
-    shifts_labels,
-    to_device,
 )
 from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.plan import EvalResult, Plan, StepResult
@@ -75,8 +72,8 @@ class DataParallelRunner:
         self._model, self._optimizer, self._update = model, optimizer, update
         self._arenas, self._buffers = arenas, buffers
         self._reduction, self._accumulation, self._sum_over_data = reduction, accumulation, sum_over_data
-        self._loss, self._max_grad_norm = loss, max_grad_norm
-        self._causal = shifts_labels(model)
+        self._forward = ForwardPass(model, loss=loss, precision=plan.precision, device=device)
+        self._max_grad_norm = max_grad_norm
         self._data_rank, self._device, self._share = data_rank, device, share
         self._statistics = statistics
         self._scaler, self._parts = scaler, parts
@@ -129,7 +126,7 @@ class DataParallelRunner:
         if self._parts is not None:
             self._parts.begin()
         on_part = None if self._parts is None else self._parts.end_part
-        loss_sum, count = self._accumulation.run(batches, self._forward, clock.lap, on_part)
+        loss_sum, count = self._accumulation.run(batches, self._forward.loss, clock.lap, on_part)
         changed = self._buffers.changed()
         if self.plan.numerics == "world_invariant" and any(changed):
             raise refuse_changed_buffers()
@@ -189,7 +186,7 @@ class DataParallelRunner:
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         if batch is not None:
             with _evaluating(self._model, self._optimizer), numerics_mode(self.plan.numerics):
-                totals[0], totals[1] = self._accumulation.evaluate(batch, self._forward)
+                totals[0], totals[1] = self._accumulation.evaluate(batch, self._forward.loss)
         work = self._all_reduce(totals)
         if work is not None:
             work.wait()
@@ -203,7 +200,7 @@ class DataParallelRunner:
             numerics_mode(self.plan.numerics),
             autocast(self.plan.precision, self._device),
         ):
-            return self._accumulation.predict(batch, self._call)
+            return self._accumulation.predict(batch, self._forward.output)
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """Model and optimizer by parameter name; live tensors, or with `full` private copies on the CPU.
@@ -296,15 +293,6 @@ class DataParallelRunner:
         self._arenas.release()
         if self._share is not None:
             self._share.give_back(self._model)
-
-    def _forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = to_device(batch, self._device)
-        with autocast(self.plan.precision, self._device):
-            output = self._call(batch)
-            return loss_sum_and_count(output, batch, self._loss, causal=self._causal)
-
-    def _call(self, batch: Any) -> Any:
-        return call_model(self._model, to_device(batch, self._device), with_loss=self._loss is not None)
 
     def _all_reduce(self, tensor: torch.Tensor) -> dist.Work | None:
         return None if self._sum_over_data is None else self._sum_over_data(tensor)

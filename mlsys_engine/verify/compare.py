@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from mlsys_engine.plan import Plan
 from mlsys_engine.verify.causes import Evidence, likely_cause
 from mlsys_engine.verify.gaps import Gap
-from mlsys_engine.verify.observe import Key, Numbers
+from mlsys_engine.verify.observe import Key, Numbers, called
 from mlsys_engine.verify.planned import RankReport
 from mlsys_engine.verify.serial import SerialStep
 from mlsys_engine.verify.verdict import Difference, Verdict
@@ -115,7 +115,7 @@ Outputs = Mapping[Key, Sequence[Numbers]]
 
 
 def output_gaps(own: Outputs, true: Outputs) -> dict[str, Gap]:
-    """For each module the largest gap of its outputs that both runs have written down.
+    """For each call of a module the largest gap of its outputs that both runs have written down.
 
     Each output is held against the nearest of its microbatches: with several stages on a rank, what every
     stage computes for itself comes in another order than in one process.
@@ -124,8 +124,9 @@ def output_gaps(own: Outputs, true: Outputs) -> dict[str, Gap]:
     for key, numbers in own.items():
         for one in numbers if key in true else ():
             gap = min((_numbers_gap(one, other) for other in true[key]), key=lambda gap: gap.relative)
-            if key[1] not in gaps or gap.relative > gaps[key[1]].relative:
-                gaps[key[1]] = gap
+            name = called(key[1], key[2])
+            if name not in gaps or gap.relative > gaps[name].relative:
+                gaps[name] = gap
     return gaps
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from mlsys_engine.tensor_parallel.runtime import CutTensor
 from mlsys_engine.verify.gaps import waves
 
 # Data shard, module FQN, which of its calls in one forward of the model, which tensor of what it returned.
@@ -16,17 +17,22 @@ Key = tuple[int, str, int, int]
 Numbers = tuple[float, float]  # 2-norm, projection
 
 
+def called(name: str, call: int) -> str:
+    """How a module's call is told: one that is used again within a forward may be right the first time."""
+    return name if call == 0 else f"{name} (call {call + 1})"
+
+
 class OutputRecorder:
     """Hooks every module of a model that is about to be run, and takes its outputs in order of completion.
 
-    Only ordinary tensors with values count: the skeleton of a value of another stage is passed over. What is
-    computed again inside a backward is not written down either. The outputs of several microbatches are a
-    list, in the order in which they were run.
+    Only ordinary tensors with values and those cut over ranks count: the skeleton of a value of another stage
+    is passed over. What is computed again inside a backward is not written down either. The outputs of
+    several microbatches are a list, in the order in which they were run.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.shard = 0
-        self.order: list[str] = []  # modules by their first completion
+        self.order: list[str] = []  # calls of modules (`called`) by their completion
         self.outputs: dict[Key, list[Numbers]] = {}
         self._calls: dict[str, int] = {}  # of the present forward
         self._seen: set[str] = set()
@@ -49,15 +55,21 @@ class OutputRecorder:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             values = list(output.values()) if isinstance(output, Mapping) else output
-            for leaf, value in enumerate(tree_leaves(values)):
+            for leaf, value in enumerate(map(_whole, tree_leaves(values))):
                 if type(value) is not torch.Tensor or value.is_meta or not value.is_floating_point():
                     continue
-                if name not in self._seen:
-                    self._seen.add(name)
-                    self.order.append(name)
+                if called(name, call) not in self._seen:
+                    self._seen.add(called(name, call))
+                    self.order.append(called(name, call))
                 self.outputs.setdefault((self.shard, name, call, leaf), []).append(_numbers(value))
 
         return take
+
+
+@torch.no_grad()
+def _whole(value: Any) -> Any:
+    """What is cut over ranks is gathered: these run the same modules in the same order."""
+    return value.context.whole(value) if isinstance(value, CutTensor) else value
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mlsys_engine as mls
+from mlsys_engine.data_parallel import forward as forward_module
 from mlsys_engine.data_parallel import runner as runner_module
 from mlsys_engine.data_parallel.accumulation import InOrder
 from mlsys_engine.data_parallel.buffers import BufferSync
@@ -61,7 +62,7 @@ def _drops_a_microbatch(self: InOrder, batches: Any, *rest: Any) -> Any:
     return _RUN(self, batches[: 1 + torch.distributed.get_rank()], *rest)
 
 
-_STEP, _CALL, _RUN = PlainUpdate.step, runner_module.call_model, InOrder.run
+_STEP, _CALL, _RUN = PlainUpdate.step, forward_module.call_model, InOrder.run
 _INIT = runner_module.DataParallelRunner.__init__
 _models: list[Any] = []
 
@@ -76,7 +77,7 @@ _FAULTS: dict[str, Any] = {
     "bucket left out": (PlainReduction, "__call__", _all_but_the_first),
     "frozen parameter changed": (PlainUpdate, "step", _thaws),
     "parameter not stepped": (PlainUpdate, "step", _forgets_one),
-    "other inputs on one rank": (runner_module, "call_model", _rank_1_scales_its_inputs),
+    "other inputs on one rank": (forward_module, "call_model", _rank_1_scales_its_inputs),
     "microbatch lost": (InOrder, "run", _drops_a_microbatch),
     "running statistics of every rank its own": (BufferSync, "_send", lambda self, tensors: None),
 }

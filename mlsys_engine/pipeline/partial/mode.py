@@ -100,7 +100,8 @@ class StageMode(TorchFunctionMode):
         self.unit_calls = 0
         self._stage, self._last, self._device, self._homes = stage, last, device, homes
         self._receive, self._ends = receive, ends
-        self._leaving = leaving  # makes whole what is cut over other ranks, before it may cross
+        # Makes whole what is cut over other ranks, before it may cross.
+        self._leaving = leaving if leaving is not None and stage != last else _as_it_is
         self._token = object()  # of this run: tags of others do not count
         self._position = 0  # the latest stage whose unit has been called: there random numbers are drawn
         self._came: dict[int, torch.Tensor] = {}  # absent value -> what was received for it
@@ -141,7 +142,7 @@ class StageMode(TorchFunctionMode):
 
     def tag_own(self, value: Any) -> Any:
         """Values of this stage that left a unit, as they may cross."""
-        value = self._made_whole(value)
+        value = self._leaving(value)
         for tensor in tensors_of(value):
             if id(tensor) not in self._homes:
                 self.tag(tensor, self._stage)
@@ -222,15 +223,12 @@ class StageMode(TorchFunctionMode):
         if any(real[id(tensor)] is not tensor for tensor in given):
             args, kwargs = map_tensors((args, kwargs), lambda tensor: real[id(tensor)])
         with _pop_mode_temporarily():
-            output = self._made_whole(own(*args, **kwargs))
+            output = self._leaving(own(*args, **kwargs))
         with torch._C.DisableTorchFunction():
             output = self._own_output(output, back)
         self.unit_calls += 1
         self.leave_if_done()
         return output
-
-    def _made_whole(self, output: Any) -> Any:
-        return output if self._leaving is None or self._stage == self._last else self._leaving(output)
 
     def _own_output(self, output: Any, given: dict[int, tuple[torch.Tensor, int]]) -> Any:
         """Tags what a unit made. An input that it returns as it came stays the value that it was."""
@@ -286,7 +284,7 @@ class StageMode(TorchFunctionMode):
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         stage = self._stage_of_operation(name, leaves, args, kwargs)
         if stage == _NOWHERE:
-            output = self._made_whole(func(*args, **kwargs))
+            output = self._leaving(func(*args, **kwargs))
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
                     self.tag(tensor, _NOWHERE)
@@ -323,7 +321,7 @@ class StageMode(TorchFunctionMode):
         target = args[0] if args and isinstance(args[0], torch.Tensor) and _writes(name) else None
         new_args, new_kwargs = pytree.tree_map(change, (args, kwargs))
         if stage == self._stage:
-            output = self._made_whole(func(*new_args, **new_kwargs))
+            output = self._leaving(func(*new_args, **new_kwargs))
             for tensor in _tensors(output):
                 if id(tensor) not in self._homes:
                     self.tag(tensor, stage)
@@ -410,6 +408,10 @@ class StageMode(TorchFunctionMode):
             made = torch.empty(shape, dtype=tensor.dtype, device="meta")
             return made.requires_grad_(tensor.requires_grad)
         return skeleton(tensor)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _replay(module: nn.Module, output: Any) -> None:
