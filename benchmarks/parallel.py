@@ -8,7 +8,7 @@ and backward. Exposed communication is what it takes beyond the same step on a g
 numbers are wrong, its work is the same).
 
 Stages: PipelineParallel(2) against torch.distributed.pipelining with the same schedule, which gets the model
-in two halves by hand, and ours with a zero-bubble schedule. 4 microbatches, plain SGD, gloo for torch's and
+in two halves by hand, and ours with a zero-bubble schedule. 4 microbatches, SGD of each, gloo for torch's and
 backend mlsys for ours.
 
 Contestants take turns round by round on the same ranks. Losses are compared at the end.
@@ -206,7 +206,7 @@ class TorchPipeline:
 def staged(batch: tuple[torch.Tensor, torch.Tensor], schedule: str) -> mls.Runner:
     return mls.wrap(
         made(),
-        optimizer=functools.partial(torch.optim.SGD, lr=1e-3),
+        optimizer=functools.partial(mls.optim.SGD, lr=1e-3),
         loss=lambda logits, batch: loss_of(logits, batch[1]),
         strategy=mls.PipelineParallel(2, schedule, microbatches=MICROBATCHES, split=(f"{1 + DEPTH // 2}",)),
         sample=batch,
