@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from mlsys_engine.errors import InternalError
@@ -75,3 +76,10 @@ def _lines(axes: Sequence[tuple[str, int]], plane: frozenset[str]) -> Iterator[l
         fixed = tuple(at for at, (name, _) in zip(place, axes, strict=True) if name not in plane)
         lines.setdefault(fixed, []).append(rank)
     yield from lines.values()
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's collectives take tensors."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if group.name() == "nccl" else torch.device("cpu")
+    )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mlsys_engine.comm.mesh import Mesh
+from mlsys_engine.comm.mesh import Mesh, device_of
 from mlsys_engine.data_parallel.accumulation import Accumulation, Call, Forward, InOrder, Lap, OnPart
 from mlsys_engine.data_parallel.partition import partition_bucket
 from mlsys_engine.data_parallel.reducer import Reducer
@@ -177,7 +177,7 @@ class CutShare:
             self._stages.give_back(model)
 
     def _joined(self, part: torch.Tensor, sharding: Sharding) -> torch.Tensor:
-        device = _device_of(self._group)
+        device = device_of(self._group)
         return all_parts(part.to(device), sharding, self._group).to(part.device)
 
     def _first(self, name: str) -> str:
@@ -202,7 +202,7 @@ class CutShare:
 
     def _agree_on_random_numbers(self, device: torch.device) -> None:
         """Whole values are computed on every rank, and dropped alike."""
-        here = _device_of(self._group)
+        here = device_of(self._group)
         state = torch.get_rng_state().to(here)
         dist.broadcast(state, group_src=0, group=self._group)
         torch.set_rng_state(state.cpu())
@@ -248,10 +248,3 @@ class CutAccumulation:
 
 def _has_shape(value: Any, shape: Sequence[int]) -> bool:
     return isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(shape)
-
-
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's collectives take tensors."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if group.name() == "nccl" else torch.device("cpu")
-    )

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from mlsys_engine.comm.launch import World
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.numerics import Loss
-from mlsys_engine.optim import GradientNoiseScale, LossScaler
-from mlsys_engine.plan import Plan, Runner
-from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, Subject
+from mlsys_engine.plan import Plan
+from mlsys_engine.strategies.base import PlanOptions, Subject
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.mesh import build_mesh, plan_mesh
 from mlsys_engine.strategies.model_parallel import ModelParallel
@@ -90,29 +85,8 @@ class HybridParallel:
             model_size=cuts,
         )
 
-    @staticmethod
-    def build(
-        plan: Plan,
-        model: nn.Module,
-        *,
-        optimizer: OptimizerFactory,
-        loss: Loss | None,
-        max_grad_norm: float | None,
-        world: World,
-        loss_scaler: LossScaler | None,
-        noise_scale: GradientNoiseScale | None,
-    ) -> Runner:
-        """Converts the model in place."""
-        return build_mesh(
-            plan,
-            model,
-            optimizer=optimizer,
-            loss=loss,
-            max_grad_norm=max_grad_norm,
-            world=world,
-            loss_scaler=loss_scaler,
-            noise_scale=noise_scale,
-        )
+    build = staticmethod(build_mesh)
+    """Converts the model in place."""
 
 
 def _untold(kind: str, field: str) -> ConfigError:

@@ -8,12 +8,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mlsys_engine.comm.launch import World
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.numerics import Loss
-from mlsys_engine.optim import GradientNoiseScale, LossScaler
-from mlsys_engine.plan import Plan, Runner
-from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, SampleNeededError, Subject
+from mlsys_engine.plan import Plan
+from mlsys_engine.strategies.base import PlanOptions, SampleNeededError, Subject
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.mesh import build_mesh, plan_mesh
 from mlsys_engine.tensor_parallel import check_heads, infer, plan_of_model, shardings, styles_of_plan
@@ -98,29 +95,8 @@ class ModelParallel:
             )
         return styles
 
-    @staticmethod
-    def build(
-        plan: Plan,
-        model: nn.Module,
-        *,
-        optimizer: OptimizerFactory,
-        loss: Loss | None,
-        max_grad_norm: float | None,
-        world: World,
-        loss_scaler: LossScaler | None,
-        noise_scale: GradientNoiseScale | None,
-    ) -> Runner:
-        """Converts the model in place; its parameters become this rank's parts."""
-        return build_mesh(
-            plan,
-            model,
-            optimizer=optimizer,
-            loss=loss,
-            max_grad_norm=max_grad_norm,
-            world=world,
-            loss_scaler=loss_scaler,
-            noise_scale=noise_scale,
-        )
+    build = staticmethod(build_mesh)
+    """Converts the model in place; its parameters become this rank's parts."""
 
 
 def _with_loss(subject: Subject) -> Callable[[nn.Module, Any], Any]:

@@ -6,17 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from mlsys_engine.comm.launch import World
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.numerics import Loss
-from mlsys_engine.optim import GradientNoiseScale, LossScaler
 from mlsys_engine.pipeline import Schedule, ScheduleError, schedules, split
 from mlsys_engine.pipeline.partial import Units, find_units
 from mlsys_engine.pipeline.runtime import build_planned
-from mlsys_engine.plan import Plan, Runner
-from mlsys_engine.strategies.base import OptimizerFactory, PlanOptions, SampleNeededError, Subject
+from mlsys_engine.plan import Plan
+from mlsys_engine.strategies.base import PlanOptions, SampleNeededError, Subject
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.mesh import build_mesh, plan_mesh
 from mlsys_engine.trace import Trace
@@ -150,29 +145,8 @@ class PipelineParallel:
                 "Search or build one for these numbers, or give a schedule by its name.",
             )
 
-    @staticmethod
-    def build(
-        plan: Plan,
-        model: nn.Module,
-        *,
-        optimizer: OptimizerFactory,
-        loss: Loss | None,
-        max_grad_norm: float | None,
-        world: World,
-        loss_scaler: LossScaler | None,
-        noise_scale: GradientNoiseScale | None,
-    ) -> Runner:
-        """Converts the model in place; parameters of other stages go to the meta device."""
-        return build_mesh(
-            plan,
-            model,
-            optimizer=optimizer,
-            loss=loss,
-            max_grad_norm=max_grad_norm,
-            world=world,
-            loss_scaler=loss_scaler,
-            noise_scale=noise_scale,
-        )
+    build = staticmethod(build_mesh)
+    """Converts the model in place; parameters of other stages go to the meta device."""
 
 
 def _costs(trace: Trace, units: Units) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from mlsys_engine.comm.mesh import Mesh
+from mlsys_engine.comm.mesh import Mesh, device_of
 from mlsys_engine.data_parallel.accumulation import Accumulation
 from mlsys_engine.data_parallel.reducer import Reducer
 from mlsys_engine.errors import ConfigError, InternalError
@@ -133,7 +133,7 @@ class StageShare:
     def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The states of all stages as one, in one process' order."""
         model, moments = dict(state["model"]), dict(state["optimizer"]["state"])
-        device = _device_of(self._pipeline)
+        device = device_of(self._pipeline)
         for source in range(dist.get_world_size(self._pipeline)):
             own = (state["model"], state["optimizer"]["state"]) if source == self._rank else None
             own = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, own)
@@ -206,10 +206,3 @@ class StageShare:
                     "A plan is for the modules of one model, by name.",
                     "Make the plan from this model with mls.plan.",
                 )
-
-
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's collectives take tensors."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if group.name() == "nccl" else torch.device("cpu")
-    )
