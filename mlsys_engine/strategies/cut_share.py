@@ -24,6 +24,7 @@ from mlsys_engine.tensor_parallel.runtime import TensorParallel
 from mlsys_engine.tensor_parallel.runtime.collectives import all_parts
 from mlsys_engine.trace import inventory
 
+SEQUENCE_PARALLEL = "sequence_parallel"  # of Plan.algorithms
 # Of torch.optim, those whose rule is the same function of each element.
 _ELEMENTWISE = (
     "SGD",
@@ -53,6 +54,7 @@ class CutShare:
         self.counts_loss = self._rank == 0 and (stages is None or stages.counts_loss)
         self.launches = stages is not None and stages.launches
         self.elsewhere = frozenset() if stages is None else stages.elsewhere
+        self._sequence_parallel = SEQUENCE_PARALLEL in dict(plan.algorithms)
         self._shardings = shardings(model, plan.tensor_parallel, mesh.size("model"))
         parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(parameters[name].shape) for name in self._shardings}
@@ -103,7 +105,9 @@ class CutShare:
         self, model: nn.Module, reducer: Reducer, device: torch.device, scaler: LossScaler | None
     ) -> Accumulation:
         here = {name: cut for name, cut in self._shardings.items() if name not in self.elsewhere}
-        context = TensorParallel(model, here, self._shapes, self._group)
+        context = TensorParallel(
+            model, here, self._shapes, self._group, sequence_parallel=self._sequence_parallel
+        )
         if self._stages is None:
             return CutAccumulation(InOrder(reducer, device, scaler), context)
         first, share = self._shapes, self._stages

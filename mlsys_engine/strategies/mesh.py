@@ -49,6 +49,9 @@ class Cutting(Protocol):
     def resolve(self, subject: Subject, size: int) -> tuple[tuple[str, str], ...]:
         """The styles of modules and parameters."""
 
+    def choices(self) -> tuple[tuple[str, str], ...]:
+        """For Plan.algorithms."""
+
 
 def plan_mesh(
     name: str,
@@ -75,6 +78,7 @@ def plan_mesh(
         strategy=name,
         mesh=tuple(MeshAxis(name=axis, size=size) for axis, size in axes if size > 1),
         tensor_parallel=styles,
+        algorithms=(*whole.algorithms, *(() if model is None else model.choices())),
     )
     stages: dict[str, int] = {}
     tied: set[str] = set()
@@ -87,7 +91,7 @@ def plan_mesh(
             stages=(*stages.items(), *((escape, _stage_within(escape, stages)) for escape in escapes)),
             schedule=schedule,
             algorithms=(
-                *whole.algorithms,
+                *plan.algorithms,
                 (MICROBATCHES, str(microbatches)),  # the pieces of each batch, added up in their order
                 *tied_choices(subject.model, ties, options.numerics),
             ),

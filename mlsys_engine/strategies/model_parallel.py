@@ -11,6 +11,7 @@ from torch import nn
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.plan import Plan
 from mlsys_engine.strategies.base import PlanOptions, SampleNeededError, Subject
+from mlsys_engine.strategies.cut_share import SEQUENCE_PARALLEL
 from mlsys_engine.strategies.data_parallel import DataParallel
 from mlsys_engine.strategies.mesh import build_mesh, plan_mesh
 from mlsys_engine.tensor_parallel import check_heads, infer, plan_of_model, shardings, styles_of_plan
@@ -32,8 +33,16 @@ class ModelParallel:
     """Ranks that the weights are cut over; None: all of the world."""
     cuts: str | tuple[tuple[str, str], ...]
     """What was given as plan=."""
+    sequence_parallel: bool
+    """Norms, dropout and residual sums are cut along the tokens, and so are the activations kept of them."""
 
-    def __init__(self, size: int | None = None, plan: str | Mapping[str, str] = AUTO) -> None:
+    def __init__(
+        self,
+        size: int | None = None,
+        plan: str | Mapping[str, str] = AUTO,
+        *,
+        sequence_parallel: bool = False,
+    ) -> None:
         """`plan` is "auto", "model" (the tp_plan that a Hugging Face model brings along), or a mapping of
         patterns of module names to styles: {"layers.*.up": "column", "layers.*.down": "row"}."""
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -48,7 +57,14 @@ class ModelParallel:
                 'A plan is "auto", "model", or a mapping of patterns of module names to styles.',
                 'Use plan="auto".',
             )
+        if not isinstance(sequence_parallel, bool):
+            raise ConfigError(
+                f"ModelParallel(sequence_parallel={sequence_parallel!r}).",
+                "Values between products are cut along their tokens, or are whole.",
+                "Use True or False.",
+            )
         object.__setattr__(self, "size", size)
+        object.__setattr__(self, "sequence_parallel", sequence_parallel)
         object.__setattr__(self, "cuts", plan if isinstance(plan, str) else tuple(plan.items()))
 
     def plan(self, subject: Subject, world_size: int, options: PlanOptions) -> Plan:
@@ -70,6 +86,10 @@ class ModelParallel:
             model=self,
             model_size=size,
         )
+
+    def choices(self) -> tuple[tuple[str, str], ...]:
+        """For Plan.algorithms."""
+        return ((SEQUENCE_PARALLEL, "on"),) if self.sequence_parallel else ()
 
     def resolve(self, subject: Subject, size: int) -> tuple[tuple[str, str], ...]:
         """The styles of modules and parameters, checked against the model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -33,3 +34,22 @@ class Sharding:
             starts = [start for start, _ in intervals]
             pieces += zip(starts, local.split(lengths, self.dim), strict=True)
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], self.dim)
+
+
+def even_sharding(shape: tuple[int, ...], dim: int, size: int, segments: tuple[int, ...] = ()) -> Sharding:
+    """A dim cut evenly, each segment by itself; the first ranks have one more where it does not divide."""
+    lengths = segments or (shape[dim],)
+    starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+    parts = []
+    for rank in range(size):
+        intervals = []
+        for start, stop in pairwise(starts):
+            low, high = (start + _cut(stop - start, size, edge) for edge in (rank, rank + 1))
+            intervals.append((low, high))
+        parts.append(tuple(intervals))
+    return Sharding(dim=dim, parts=tuple(parts))
+
+
+def _cut(length: int, size: int, rank: int) -> int:
+    """Where the part of `rank` begins, as torch.tensor_split cuts."""
+    return rank * (length // size) + min(rank, length % size)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from mlsys_engine.errors import ConfigError, did_you_mean
-from mlsys_engine.tensor_parallel.sharding import Sharding
+from mlsys_engine.tensor_parallel.sharding import Sharding, even_sharding
 
 MODULE_STYLES = ("column", "row", "vocabulary", "features")
 
@@ -123,25 +123,6 @@ def is_transposed(module: nn.Module) -> bool:
     Known by its name, because importing the library for a type would make it a dependency.
     """
     return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
-
-
-def even_sharding(shape: tuple[int, ...], dim: int, size: int, segments: tuple[int, ...] = ()) -> Sharding:
-    """A dim cut evenly, each segment by itself; the first ranks have one more where it does not divide."""
-    lengths = segments or (shape[dim],)
-    starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
-    parts = []
-    for rank in range(size):
-        intervals = []
-        for start, stop in pairwise(starts):
-            low, high = (start + _cut(stop - start, size, edge) for edge in (rank, rank + 1))
-            intervals.append((low, high))
-        parts.append(tuple(intervals))
-    return Sharding(dim=dim, parts=tuple(parts))
-
-
-def _cut(length: int, size: int, rank: int) -> int:
-    """Where the part of `rank` begins, as torch.tensor_split cuts."""
-    return rank * (length // size) + min(rank, length % size)
 
 
 def _of_target(model: nn.Module, fqn: str, style: Style, size: int) -> list[tuple[nn.Parameter, Sharding]]:

@@ -50,7 +50,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             for name in ("1f1b", "zb-v")
         },
     ),
-    "model": (2, {"auto": mls.ModelParallel(2)}),
+    "model": (2, {"auto": mls.ModelParallel(2), "tokens": mls.ModelParallel(2, sequence_parallel=True)}),
     "data x model": (
         4,
         {
@@ -69,7 +69,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {
             "1f1b": mls.HybridParallel(
                 data=2, pipeline=mls.PipelineParallel(2, "1f1b", microbatches=PIECES), model=2
-            )
+            ),
+            "1f1b, tokens": mls.HybridParallel(
+                data=2,
+                pipeline=mls.PipelineParallel(2, "1f1b", microbatches=PIECES),
+                model=mls.ModelParallel(2, sequence_parallel=True),
+            ),
         },
     ),
 }

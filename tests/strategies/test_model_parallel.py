@@ -34,11 +34,11 @@ def _trained(model, strategy, optimizer, steps, **options):
     return runner, [float(runner.step(step).loss) for step in steps]
 
 
-def _against_alone(rank, world_size, optimizer, shard):
+def _against_alone(rank, world_size, optimizer, shard, sequence_parallel=False):
     single = alone(stack().double(), optimizer=optimizer, loss=cross_entropy, max_grad_norm=0.5)
     expected = [float(single.step(step).loss) for step in STEPS]
     if world_size == 2:
-        strategy, steps = mls.ModelParallel(2), STEPS
+        strategy, steps = mls.ModelParallel(2, sequence_parallel=sequence_parallel), STEPS
     else:
         strategy = mls.HybridParallel(data=mls.DataParallel(shard=shard), model=2)
         steps = [[step[rank // 2]] for step in STEPS]
@@ -57,6 +57,13 @@ def _against_alone(rank, world_size, optimizer, shard):
     gaps.append(_gap(dict(runner.model.named_parameters()), dict(single.model.named_parameters())))
     share = held / sum(parameter.numel() for parameter in runner.model.parameters())
     return max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)), max(gaps), share
+
+
+def test_values_cut_along_tokens_train_the_same(run_ranks):
+    for loss, state, share in run_ranks(_against_alone, 2, ADAMW64, "none", True):
+        assert loss < 1e-12
+        assert state < 1e-10
+        assert share < 0.7
 
 
 @pytest.mark.parametrize(
@@ -103,18 +110,20 @@ class Noisy(nn.Module):
         return self.down(functional.dropout(self.up(x) * self.gate(x).sigmoid(), 0.3, self.training))
 
 
-def _noisy(rank, world_size, checkpointed):
+def _noisy(rank, world_size, checkpointed, sequence_parallel):
     torch.manual_seed(3)
-    model, x, y = Noisy(checkpointed).double(), torch.randn(6, 16).double(), torch.arange(6)
+    model, x, y = Noisy(checkpointed).double(), torch.randn(2, 3, 16).double(), torch.arange(6).view(2, 3)
     single = alone(
-        copy.deepcopy(model), optimizer=SGD, loss=lambda out, batch: functional.cross_entropy(out, batch[1])
+        copy.deepcopy(model),
+        optimizer=SGD,
+        loss=lambda out, batch: functional.cross_entropy(out.mT, batch[1]),
     )
     torch.manual_seed(5)
     expected = [float(single.step([(x, y)]).loss) for _ in range(3)]
     torch.manual_seed(5 + rank)  # rank 0's count
     runner = mls.wrap(
-        model, optimizer=SGD, loss=lambda out, batch: functional.cross_entropy(out, batch[1]),
-        strategy=mls.ModelParallel(), sample=(x, y),
+        model, optimizer=SGD, loss=lambda out, batch: functional.cross_entropy(out.mT, batch[1]),
+        strategy=mls.ModelParallel(sequence_parallel=sequence_parallel), sample=(x, y),
     )  # fmt: skip
     torch.manual_seed(5)
     losses = [float(runner.step([(x, y)]).loss) for _ in range(3)]
@@ -122,9 +131,10 @@ def _noisy(rank, world_size, checkpointed):
     return max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)), styles
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_dropout_drops_what_one_process_drops(run_ranks, checkpointed):
-    for gap, styles in run_ranks(_noisy, 2, checkpointed):
+def test_dropout_drops_what_one_process_drops(run_ranks, checkpointed, sequence_parallel):
+    for gap, styles in run_ranks(_noisy, 2, checkpointed, sequence_parallel):
         assert gap < 1e-12
         assert styles == {"up": "column", "gate": "column", "down": "row", "head": "column"}
 
@@ -156,6 +166,44 @@ def test_the_plan_prints_its_styles_and_survives_json():
     assert type(plan).from_json(plan.to_json()) == plan
 
 
+def test_a_plan_tells_where_values_are_cut_along_tokens():
+    plan = mls.plan(stack(), mls.ModelParallel(2, sequence_parallel=True), words(), world=2)
+    assert "sequence_parallel=on" in str(plan)
+    assert plan.hash != mls.plan(stack(), mls.ModelParallel(2), words(), world=2).hash
+
+
+def _kept(rank, world_size, sequence_parallel):
+    """Bytes that one forward of a step leaves for its backward."""
+    model = stack()
+    runner = mls.wrap(
+        model, optimizer=SGD, loss=cross_entropy, sample=words(),
+        strategy=mls.ModelParallel(sequence_parallel=sequence_parallel),
+    )  # fmt: skip
+    kept, seen = [0], set()
+    saved_tensors_hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def counted(pack, unpack):
+        def packing(tensor):
+            packed = pack(tensor)
+            for each in (packed, getattr(getattr(packed, "of", None), "part", None)):
+                if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in seen:
+                    seen.add(each.untyped_storage().data_ptr())
+                    kept[0] += each.untyped_storage().nbytes()
+            return packed
+
+        return saved_tensors_hooks(packing, unpack)
+
+    with counted(lambda tensor: tensor, lambda tensor: tensor), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", counted)
+        runner.step([words(8)])
+    return kept[0]
+
+
+def test_values_cut_along_tokens_keep_less_for_backward(run_ranks):
+    whole, cut = (max(run_ranks(_kept, 2, sequence_parallel)) for sequence_parallel in (False, True))
+    assert cut < 0.85 * whole
+
+
 def _planned(model, strategy, sample, world, **options):
     return lambda: mls.plan(model(), strategy, sample, world=world, **options)
 
@@ -165,6 +213,7 @@ def _planned(model, strategy, sample, world, **options):
     [
         (lambda: mls.ModelParallel(0), "at least 1"),
         (lambda: mls.ModelParallel(2, plan="megatron"), '"auto", "model"'),
+        (lambda: mls.ModelParallel(2, sequence_parallel=1), "Use True or False"),
         (_planned(stack, mls.ModelParallel(2), words(), 4), "Launch 2 ranks"),
         (
             _planned(lambda: nn.BatchNorm1d(4), mls.ModelParallel(2), torch.zeros(2, 4), 2),

@@ -17,7 +17,7 @@ from mlsys_engine.tensor_parallel import Sharding
 from mlsys_engine.tensor_parallel.runtime.mode import TensorParallel
 from mlsys_engine.tensor_parallel.runtime.rules import RULES
 from mlsys_engine.tensor_parallel.runtime.values import CutTensor
-from mlsys_engine.tensor_parallel.styles import even_sharding
+from mlsys_engine.tensor_parallel.sharding import even_sharding
 from mlsys_engine.trace import inventory
 from tests.strategies import zoo
 
@@ -25,11 +25,12 @@ pytest.importorskip("transformers")
 TRANSFORMERS = ("gpt2", "llama", "bert", "t5", "vit", "mixtral")
 
 
-def _subject(name: str) -> tuple[nn.Module, Any, Plan]:
+def _subject(name: str, sequence_parallel: bool = False) -> tuple[nn.Module, Any, Plan]:
     make, batches = zoo.MODELS[name]
     torch.manual_seed(0)
     model, batch = make(), batches(4, 8)
-    return model, batch, mls.plan(model, mls.ModelParallel(2), batch, world=2)
+    strategy = mls.ModelParallel(2, sequence_parallel=sequence_parallel)
+    return model, batch, mls.plan(model, strategy, batch, world=2)
 
 
 def _weights(model: nn.Module, plan: Plan, style: str) -> list[str]:
@@ -109,6 +110,27 @@ def _untied(name: str) -> Any:
     return mock.patch.object(CutShare, "take", faulty)
 
 
+def _without_its_gradients_sum(name: str) -> Any:
+    """A whole parameter that meets values cut along their tokens keeps this rank's term of its gradient."""
+    entered = TensorParallel.entered
+
+    def faulty(self: TensorParallel, tensor: torch.Tensor) -> torch.Tensor:
+        is_named = tensor is dict(self._model.named_parameters()).get(name)
+        return tensor if is_named else entered(self, tensor)
+
+    return mock.patch.object(TensorParallel, "entered", faulty)
+
+
+def _norms(model: nn.Module) -> list[str]:
+    """Weights of norms that are not all behind the tokens' end, as those of a pooled output are."""
+    names = [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+    return [f"{name}.weight" for name in names]
+
+
+def _faults_of_norms(model: nn.Module) -> list[tuple[str, str, Any]]:
+    return [("norm's sum dropped", name, _without_its_gradients_sum(name)) for name in _norms(model)]
+
+
 def _faults(model: nn.Module, plan: Plan) -> list[tuple[str, str, Any]]:
     """What can be broken of a plan: kind, the parameter, and a patch."""
     found: list[tuple[str, str, Any]] = []
@@ -136,11 +158,13 @@ def _owners(model: nn.Module, name: str) -> list[str]:
     return [each.rpartition(".")[0] for each, parameter in named if parameter is own]
 
 
-def _check(name: str, every: bool) -> list[str]:
-    model, batch, plan = _subject(name)
+def _check(name: str, every: bool, sequence_parallel: bool = False) -> list[str]:
+    model, batch, plan = _subject(name, sequence_parallel)
     assert mls.verify(model, plan, batch)
     missed, seen = [], set()
-    for kind, parameter, patch in _faults(model, plan):
+    faults = _faults_of_norms(model) if sequence_parallel else _faults(model, plan)
+    assert faults
+    for kind, parameter, patch in faults:
         if not every and kind in seen:
             continue
         seen.add(kind)
@@ -159,6 +183,16 @@ def _check(name: str, every: bool) -> list[str]:
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_one_fault_of_each_kind_is_found_and_named(name):
     assert not _check(name, every=False)
+
+
+def test_a_norm_whose_gradient_is_not_summed_is_found_and_named():
+    assert not _check("llama", every=False, sequence_parallel=True)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_norm_whose_gradient_is_not_summed_is_found_and_named(name):
+    assert not _check(name, every=True, sequence_parallel=True)
 
 
 @pytest.mark.soak

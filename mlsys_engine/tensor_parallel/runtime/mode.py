@@ -7,8 +7,10 @@ three functions of one name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +21,19 @@ from torch.utils._pytree import tree_map
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.tensor_parallel.runtime.backward import BACKWARDS
-from mlsys_engine.tensor_parallel.runtime.collectives import enter, gather, leave
+from mlsys_engine.tensor_parallel.runtime.collectives import (
+    enter,
+    gather,
+    gather_entering,
+    leave,
+    leave_cut,
+    take,
+)
+from mlsys_engine.tensor_parallel.runtime.kept import Gathered, parts_kept
 from mlsys_engine.tensor_parallel.runtime.rules import RULES
+from mlsys_engine.tensor_parallel.runtime.rules.shapes import MOST_BLOCKS
 from mlsys_engine.tensor_parallel.runtime.values import CutTensor, cut_tensors, mapped
-from mlsys_engine.tensor_parallel.sharding import Sharding
+from mlsys_engine.tensor_parallel.sharding import Sharding, even_sharding
 
 # Of a value's metadata, which are the whole's.
 _METADATA = frozenset([
@@ -33,11 +44,24 @@ _METADATA = frozenset([
 _OWN = frozenset(("grad", "data", "requires_grad", "grad_fn", "is_leaf", "_backward_hooks", "retains_grad"))
 
 
+@dataclass(frozen=True, eq=False)
+class _Entered:
+    """What a value became on its way into computations on cut ones."""
+
+    value: torch.Tensor
+    version: int
+    result: torch.Tensor
+    kept: Gathered | None = None
+
+
 class TensorParallel(TorchFunctionMode):
     """One model whose parameters named in `shardings` hold this rank's parts, of values of the `shapes`.
 
     While it is `active()`, the model's forward, its loss and what is recomputed in backward see those
     parameters with their whole shapes. All ranks of `group` run the same functions in the same order.
+
+    With `sequence_parallel` the activations between products are cut along their tokens: a product's sum
+    over ranks arrives in parts, and norms, dropout and residual sums keep them until the next product.
     """
 
     def __init__(
@@ -46,23 +70,33 @@ class TensorParallel(TorchFunctionMode):
         shardings: Mapping[str, Sharding],
         shapes: Mapping[str, Sequence[int]],
         group: dist.ProcessGroup,
+        *,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self._model, self._shardings, self._shapes = model, dict(shardings), dict(shapes)
-        self._group = group
+        self._group, self._sequence_parallel = group, sequence_parallel
+        self._rows: dict[int, tuple[int, ...]] = {}  # of matrices -> the dims that were merged to these
         self.rank = dist.get_rank(group)
         self._cut: dict[int, CutTensor] = {}  # by the id of a parameter that is alive while this is active
-        self._entered: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        self._entered: list[_Entered] = []  # for the next few readers
         self._handles = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Forward, loss and backward run inside."""
         try:
-            with self.seen():
+            with self._keeping(), self.seen():
                 yield
         finally:
-            self._cut, self._entered = {}, []
+            self._cut, self._entered, self._rows = {}, [], {}
+
+    def _keeping(self) -> AbstractContextManager[None]:
+        if not self._sequence_parallel:
+            return nullcontext()
+        return parts_kept(
+            lambda: [(each.result, each.kept) for each in self._entered if each.kept is not None]
+        )
 
     @contextmanager
     def seen(self) -> Iterator[None]:
@@ -127,19 +161,64 @@ class TensorParallel(TorchFunctionMode):
         """A tree of values without cut ones."""
         return tree_map(self.whole, tree) if any(_has_cut(leaf) for leaf in _leaves(tree)) else tree
 
+    def entering(self, value: torch.Tensor) -> torch.Tensor:
+        """A value, whole or cut, as the whole that `entered` gives."""
+        if not isinstance(value, CutTensor):
+            return self.entered(value)
+        found = self._known(value, value.local._version)
+        if found is None:
+            found = gather_entering(value.local, value.sharding, self._group)
+            kept = Gathered(value.local.detach(), value.sharding, self._group)
+            self._remember(value, value.local._version, found, kept)
+        return found
+
     def entered(self, tensor: torch.Tensor) -> torch.Tensor:
         """A whole tensor, whose gradient will be the sum over ranks: one sum for the next few readers of it,
         as the query, key and value projections of one input are."""
-        for known, version, result in self._entered:
-            if known is tensor and tensor._version == version:
-                return result
-        result = enter(tensor, self._group)
-        if result is not tensor:
-            self._entered = [*self._entered[-1:], (tensor, tensor._version, result)]
-        return result
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        found = self._known(tensor, tensor._version)
+        if found is None:
+            found = enter(tensor, self._group)
+            self._remember(tensor, tensor._version, found)
+        return found
+
+    def _known(self, value: torch.Tensor, version: int) -> torch.Tensor | None:
+        return next(
+            (each.result for each in self._entered if each.value is value and each.version == version), None
+        )
+
+    def _remember(
+        self, value: torch.Tensor, version: int, result: torch.Tensor, kept: Gathered | None = None
+    ) -> None:
+        *_, last = (None, *self._entered)
+        self._entered = [*([last] if last is not None else []), _Entered(value, version, result, kept)]
+
+    def taken(self, whole: torch.Tensor, sharding: Sharding) -> torch.Tensor:
+        return take(whole, sharding, self._group)
 
     def left(self, term: torch.Tensor) -> torch.Tensor:
         return leave(term, self._group)
+
+    def summed(self, term: torch.Tensor) -> torch.Tensor:
+        """The sum of activations (..., tokens, features) over ranks, cut along the tokens where these are."""
+        sharding = self._along_tokens(tuple(term.shape)) if self._sequence_parallel else None
+        if sharding is None:
+            return self.left(term)
+        return CutTensor(leave_cut(term, sharding, self._group), term.shape, sharding, self)
+
+    def merged(self, dims: Sequence[int]) -> None:
+        """Tells that a value's leading `dims` have become the rows of a matrix; the last are tokens."""
+        self._rows[math.prod(dims)] = tuple(dims)
+
+    def _along_tokens(self, shape: tuple[int, ...]) -> Sharding | None:
+        size = self._group.size()
+        if len(shape) > 2:
+            return even_sharding(shape, len(shape) - 2, size) if shape[-2] >= size else None
+        *blocks, tokens = self._rows.get(shape[0], (0,))
+        if len(shape) < 2 or tokens < size or math.prod(blocks) > MOST_BLOCKS:
+            return None
+        return even_sharding(shape, 0, size, (tokens,) * math.prod(blocks))
 
     def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The largest of each element over ranks; without a gradient."""

@@ -30,6 +30,18 @@ class Context(Protocol):
     def left(self, term: torch.Tensor) -> torch.Tensor:
         """The sum of a term over ranks."""
 
+    def entering(self, value: torch.Tensor) -> torch.Tensor:
+        """A value, whole or cut, as the whole that `entered` gives."""
+
+    def taken(self, whole: torch.Tensor, sharding: Sharding) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+
+    def summed(self, term: torch.Tensor) -> torch.Tensor:
+        """The sum of activations (..., tokens, features) over ranks: whole, or cut along the tokens."""
+
+    def merged(self, dims: Sequence[int]) -> None:
+        """Tells that a value's leading `dims` have become the rows of a matrix."""
+
 
 class CutTensor(torch.Tensor):
     """This rank's part of a value. Its metadata are the whole's; it has no storage, and `local` has the data

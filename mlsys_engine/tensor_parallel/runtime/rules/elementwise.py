@@ -98,8 +98,30 @@ def _dropout_arguments(  # noqa: PLR0917 (torch's own signature)
     return input, p, True if given is None else given, inplace or func.__name__ == "dropout_"
 
 
+def _like(context: Context, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A new whole value, for which another is asked for its shape alone."""
+    value, *rest = args
+    if not isinstance(value, CutTensor):
+        return NotImplemented
+    shown = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return func(shown, *rest, **{"device": value.device, **kwargs})
+
+
+def _new(context: Context, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A new whole value of another's type."""
+    value, *rest = args
+    if not isinstance(value, CutTensor):
+        return NotImplemented
+    return func(value.local, *mapped(tuple(rest), context.whole), **mapped(dict(kwargs), context.whole))
+
+
+_LIKE = ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"]
+_NEW = ["new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"]
+
 RULES = {
     **dict.fromkeys(_NAMES, each_element),
+    **dict.fromkeys(_LIKE, _like),
+    **dict.fromkeys(_NEW, _new),
     **dict.fromkeys(("to", "type_as", "type"), _converted),
     "dropout": _dropout,
 }

@@ -21,10 +21,9 @@ def fitted(
         if tensor.from_end == dim and tensor.sharding.parts == parts:
             return tensor.local
         tensor = context.whole(tensor)
-    tensor = context.entered(tensor)
     if tensor.dim() < -dim or tensor.shape[dim] == 1:
-        return tensor
-    return Sharding(dim=dim % tensor.dim(), parts=parts).take(tensor, context.rank)
+        return context.entered(tensor)
+    return context.taken(tensor, Sharding(dim=dim % tensor.dim(), parts=parts))
 
 
 def broadcasts(tensor: torch.Tensor, from_end: int) -> bool:

@@ -45,7 +45,7 @@ def _embedded(  # noqa: PLR0917 (torch's own signature)
     here = (input >= start) & (input < stop)
     own = padding - start if padding is not None and start <= padding < stop else None
     found = functional.embedding((input - start).masked_fill(~here, 0), weight.local, own)
-    return context.left(found.masked_fill(~here.unsqueeze(-1), 0))
+    return context.summed(found.masked_fill(~here.unsqueeze(-1), 0))
 
 
 def cut(value: Any) -> bool:
@@ -77,7 +77,7 @@ def _entropy(  # noqa: PLR0917 (torch's own signature)
     logits = input.local.movedim(classes, -1)
     start, stop = input.sharding.parts[context.rank][0]
     here = (target >= start) & (target < stop)
-    largest = context.maximum(logits.amax(-1))
+    largest = context.maximum(logits.detach().amax(-1))
     place = (target - start).masked_fill(~here, 0)
     exponentials, chosen = _Terms.apply(logits, largest, place, here)
     losses = context.left(exponentials).log() - context.left(chosen)

@@ -57,7 +57,7 @@ def _normalized(context: Context, func: Any, args: Sequence[Any], kwargs: Mappin
         return NotImplemented
 
     def own(each: Any) -> Any:
-        return context.entered(context.whole(each)) if isinstance(each, torch.Tensor) else each
+        return context.entering(each) if isinstance(each, torch.Tensor) else each
 
     rest = {key: own(each) for key, each in kwargs.items() if key != "input"}
     local = func(value.local, *(own(each) for each in args[1:]), **rest)

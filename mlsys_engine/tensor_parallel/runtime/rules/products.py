@@ -32,12 +32,12 @@ def linear(context: Context, input: Any, weight: Any, bias: Any = None) -> Any:
     if weight.dim() != 2:
         return NotImplemented
     if weight.cut_dim == 0:  # column
-        whole = context.entered(context.whole(input))
+        whole = context.entering(input)
         own = None if bias is None else fitted(context, bias, weight, -1)
         return weight.with_local(functional.linear(whole, weight.local, own), shape, len(shape) - 1)
     part = fitted(context, input, weight, -1)  # row
-    total = context.left(functional.linear(part, weight.local))
-    return total if bias is None else total + context.whole(bias)
+    total = context.summed(functional.linear(part, weight.local))
+    return total if bias is None else _plus(context, total, bias)
 
 
 def _addmm(context: Context, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -47,6 +47,10 @@ def _addmm(context: Context, func: Any, args: Sequence[Any], kwargs: Mapping[str
     product = matmul(context, first, second) if cut_any(first, second) else NotImplemented
     if product is NotImplemented:
         return NotImplemented
+    return _plus(context, product, bias)
+
+
+def _plus(context: Context, product: Any, bias: Any) -> Any:
     if isinstance(product, CutTensor) or isinstance(bias, CutTensor):
         return ELEMENTWISE["add"](context, torch.add, (product, bias), {})
     return product + bias
@@ -81,11 +85,11 @@ def matmul(context: Context, first: Any, second: Any) -> Any:
     if cut_second == -2 or (cut_first == -1 and cut_second == 0):  # K
         left = fitted(context, first, second, -1) if cut_second else first.local
         right = second.local if cut_second else fitted(context, second, first, -2)
-        return context.left(torch.matmul(left, right))
+        return context.summed(torch.matmul(left, right))
     if cut_second == -1:  # N
-        local = torch.matmul(context.entered(context.whole(first)), second.local)
+        local = torch.matmul(context.entering(first), second.local)
         return second.with_local(local, shape, len(shape) - 1)
-    local = torch.matmul(first.local, context.entered(second))  # M
+    local = torch.matmul(first.local, context.entering(second))  # M
     return first.with_local(local, shape, len(shape) - 2)
 
 

@@ -113,6 +113,8 @@ def viewed(value: CutTensor, shape: Sequence[int]) -> Any:
     shape = tuple(value.numel() // known if length == -1 else int(length) for length in shape)
     if math.prod(shape) != value.numel():
         return NotImplemented  # torch tells what is wrong
+    if len(shape) == 2 and value.dim() > 2 and shape[-1] == value.shape[-1]:
+        value.context.merged(value.shape[:-1])
     found = regrouped(value, shape)
     if found is None:
         return NotImplemented
