@@ -170,7 +170,7 @@ def as_cell(timing: Timing) -> str:
 def as_size(num_bytes: int) -> str:
     for unit, factor in (("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:g} {unit}"
+            return f"{num_bytes / factor:.4g} {unit}"
     return f"{num_bytes} B"
 
 

@@ -5,7 +5,8 @@
 Weights cut: ModelParallel(2) runs the model as it is; `parallelize_module` runs it with a hand-written plan,
 as it comes and with `loss_parallel`. Both on gloo, and ours on backend mlsys besides. A step is forward, loss
 and backward. Exposed communication is what it takes beyond the same step on a group that sends nothing (its
-numbers are wrong, its work is the same).
+numbers are wrong, its work is the same). Both once more with values cut along their tokens: sequence
+parallelism. Kept is what the C allocator has handed out for a forward when it ends.
 
 Stages: PipelineParallel(2) against torch.distributed.pipelining with the same schedule, which gets the model
 in two halves by hand, and ours with a zero-bubble schedule. 4 microbatches, SGD of each, gloo for torch's and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +27,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from contest import Contestant, Timing, as_cell, as_time, machine, run_ranks, run_rounds, write_record
+from contest import (
+    Contestant,
+    Timing,
+    as_cell,
+    as_size,
+    as_time,
+    machine,
+    run_ranks,
+    run_rounds,
+    write_record,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -45,12 +57,31 @@ from mlsys_engine.tensor_parallel import infer, shardings
 from mlsys_engine.tensor_parallel.runtime import TensorParallel
 
 WIDTH, DEPTH, HEADS, WORDS, MICROBATCHES = 512, 6, 8, 6144, 4  # 25.2M parameters
-OURS, OURS_MLSYS, PEER, PEER_LOSS = (
+OURS, OURS_MLSYS, TOKENS, TOKENS_MLSYS = (
     "ModelParallel, gloo",
     "ModelParallel, mlsys",
-    "parallelize_module, gloo",
-    "the same with loss_parallel",
+    "sequence_parallel, gloo",
+    "sequence_parallel, mlsys",
 )
+PEER, PEER_LOSS = "parallelize_module, gloo", "the same with loss_parallel"
+
+
+class _Allocations(ctypes.Structure):
+    """struct mallinfo2 of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+                     "fordblks", "keepcost")
+    ]  # fmt: skip
+
+
+def allocated_bytes() -> int:
+    """What the process has allocated and not freed."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Allocations
+    found = mallinfo2()
+    return int(found.hblkhd + found.uordblks)
 
 
 class Block(nn.Module):
@@ -111,6 +142,15 @@ class CutStep:
     ) -> None:
         self.model, self._batch, self._within, self.loss = model, batch, within, 0.0
 
+    def kept_bytes(self) -> int:
+        """What a forward leaves allocated for its backward."""
+        before = allocated_bytes()
+        with self._within():
+            loss = loss_of(self.model(self._batch[0]), self._batch[1])
+            kept = allocated_bytes() - before
+            loss.backward()
+        return kept
+
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=False)
 
@@ -121,7 +161,9 @@ class CutStep:
         self.loss = float(loss.detach())
 
 
-def ours(batch: tuple[torch.Tensor, torch.Tensor], group: dist.ProcessGroup) -> CutStep:
+def ours(
+    batch: tuple[torch.Tensor, torch.Tensor], group: dist.ProcessGroup, *, sequence_parallel: bool = False
+) -> CutStep:
     model = made()
     styles = infer(model, batch, 2, lambda model, batch: loss_of(model(batch[0]), batch[1])).styles
     found, shapes = shardings(model, styles, 2), {}
@@ -130,7 +172,7 @@ def ours(batch: tuple[torch.Tensor, torch.Tensor], group: dist.ProcessGroup) -> 
             shapes[name] = tuple(parameter.shape)
             part = nn.Parameter(found[name].take(parameter.detach(), dist.get_rank()).contiguous())
             torch.utils.swap_tensors(parameter, part)
-    context = TensorParallel(model, found, shapes, group)
+    context = TensorParallel(model, found, shapes, group, sequence_parallel=sequence_parallel)
     return CutStep(model, batch, functools.partial(context.active))
 
 
@@ -153,18 +195,21 @@ def _whole() -> object:
     return torch.distributed.tensor.Replicate()
 
 
-def cut_steps(rounds: int, rows: int, tokens: int) -> dict[str, Timing]:
-    """What every rank runs for the first table."""
+def cut_steps(rounds: int, rows: int, tokens: int) -> tuple[dict[str, Timing], dict[str, int]]:
+    """What every rank runs for the first table: times, and bytes kept for backward."""
     batch = batch_of(rows, tokens)
     gloo, silent = dist.new_group(backend="gloo"), dist.new_group(backend="fake")
     steps = {
         OURS: ours(batch, gloo),
         OURS_MLSYS: ours(batch, dist.group.WORLD),
+        TOKENS: ours(batch, gloo, sequence_parallel=True),
+        TOKENS_MLSYS: ours(batch, dist.group.WORLD, sequence_parallel=True),
         PEER: peer(batch, gloo, cuts_loss=False),
         PEER_LOSS: peer(batch, gloo, cuts_loss=True),
     }
     quiet = {
         f"{OURS}, silent": ours(batch, silent),
+        f"{TOKENS}, silent": ours(batch, silent, sequence_parallel=True),
         f"{PEER}, silent": peer(batch, silent, cuts_loss=False),
         f"{PEER_LOSS}, silent": peer(batch, silent, cuts_loss=True),
     }
@@ -177,7 +222,7 @@ def cut_steps(rounds: int, rows: int, tokens: int) -> dict[str, Timing]:
     for name, step in steps.items():
         if abs(step.loss / expected - 1) > 1e-5:
             raise AssertionError(f"{name}: loss {step.loss}, one process has {expected}")
-    return timings
+    return timings, {name: step.kept_bytes() for name, step in steps.items()}
 
 
 class TorchPipeline:
@@ -230,15 +275,16 @@ def stage_steps(rounds: int, rows: int, tokens: int) -> dict[str, Timing]:
     return run_rounds(contestants, seconds=0.0, min_rounds=rounds, max_rounds=rounds)[1]
 
 
-def show_cut(timings: dict[str, Timing], title: str) -> None:
+def show_cut(timings: dict[str, Timing], kept: dict[str, int], title: str) -> None:
     table = Table(title=title)
-    for column in ("step", "min / median (quartiles)", "exposed", "than parallelize_module"):
+    for column in ("step", "min / median (quartiles)", "exposed", "kept", "than parallelize_module"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, timing in timings.items():
         silent = timings.get(f"{name.replace('mlsys', 'gloo')}, silent")
         exposed = "" if silent is None else as_time(timing.median_s - silent.median_s)
         ratio = timings[PEER].median_s / timing.median_s
-        table.add_row(name, as_cell(timing), exposed, f"{ratio:.2f}x as fast")
+        size = as_size(kept[name]) if name in kept else ""
+        table.add_row(name, as_cell(timing), exposed, size, f"{ratio:.2f}x as fast")
     Console(width=None if os.environ.get("COLUMNS") else 120).print(table)
 
 
@@ -263,12 +309,12 @@ def main() -> None:
     arguments = parser.parse_args()
     given = (arguments.rounds, arguments.batch, arguments.tokens)
     shape = f"GPT 25.2M, {arguments.batch} x {arguments.tokens} tokens, 2 ranks, on {machine()}"
-    cut = run_ranks(cut_steps, 2, *given)
-    show_cut(cut, f"weights cut: {shape}")
+    cut, kept = run_ranks(cut_steps, 2, *given)
+    show_cut(cut, kept, f"weights cut: {shape}")
     stages = run_ranks(stage_steps, 2, *given)
     show_staged(stages, f"stages, {MICROBATCHES} microbatches: {shape}")
     if arguments.json:
-        write_record(arguments.json, cut=cut, stages=stages)
+        write_record(arguments.json, cut=cut, kept_bytes=kept, stages=stages)
 
 
 if __name__ == "__main__":

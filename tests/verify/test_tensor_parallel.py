@@ -121,14 +121,24 @@ def _without_its_gradients_sum(name: str) -> Any:
     return mock.patch.object(TensorParallel, "entered", faulty)
 
 
-def _norms(model: nn.Module) -> list[str]:
-    """Weights of norms that are not all behind the tokens' end, as those of a pooled output are."""
-    names = [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
-    return [f"{name}.weight" for name in names]
+def _norms(model: nn.Module, plan: Plan, batch: Any) -> list[str]:
+    """Weights of the norms behind the first sum over ranks; values before it are whole."""
+    summing = {name for name, text in plan.tensor_parallel if text in ("row", "vocabulary")}
+    called: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    with torch.no_grad():
+        model(**batch)
+    for module in model.modules():
+        module._forward_hooks.clear()
+    first = min(called.index(name) for name in summing if name in called)
+    modules = dict(model.named_modules())
+    return [f"{name}.weight" for name in called[first:] if type(modules[name]).__name__.endswith("Norm")]
 
 
-def _faults_of_norms(model: nn.Module) -> list[tuple[str, str, Any]]:
-    return [("norm's sum dropped", name, _without_its_gradients_sum(name)) for name in _norms(model)]
+def _faults_of_norms(model: nn.Module, plan: Plan, batch: Any) -> list[tuple[str, str, Any]]:
+    norms = dict.fromkeys(_norms(model, plan, batch))
+    return [("norm's sum dropped", name, _without_its_gradients_sum(name)) for name in norms]
 
 
 def _faults(model: nn.Module, plan: Plan) -> list[tuple[str, str, Any]]:
@@ -162,7 +172,7 @@ def _check(name: str, every: bool, sequence_parallel: bool = False) -> list[str]
     model, batch, plan = _subject(name, sequence_parallel)
     assert mls.verify(model, plan, batch)
     missed, seen = [], set()
-    faults = _faults_of_norms(model) if sequence_parallel else _faults(model, plan)
+    faults = _faults_of_norms(model, plan, batch) if sequence_parallel else _faults(model, plan)
     assert faults
     for kind, parameter, patch in faults:
         if not every and kind in seen:
