@@ -8,6 +8,7 @@ ratios of medians taken this way do not.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -155,6 +156,24 @@ def run_ranks(program: Callable[..., Any], world_size: int, *arguments: Any) -> 
     for process in processes:
         process.join()
     return result
+
+
+class _Allocations(ctypes.Structure):
+    """struct mallinfo2 of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+                     "fordblks", "keepcost")
+    ]  # fmt: skip
+
+
+def allocated_bytes() -> int:
+    """What the process has allocated and not freed."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Allocations
+    found = mallinfo2()
+    return int(found.hblkhd + found.uordblks)
 
 
 def as_time(seconds: float) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from contest import (
     Contestant,
     Timing,
+    allocated_bytes,
     as_cell,
     as_size,
     as_time,
@@ -64,24 +64,6 @@ OURS, OURS_MLSYS, TOKENS, TOKENS_MLSYS = (
     "sequence_parallel, mlsys",
 )
 PEER, PEER_LOSS = "parallelize_module, gloo", "the same with loss_parallel"
-
-
-class _Allocations(ctypes.Structure):
-    """struct mallinfo2 of glibc."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
-                     "fordblks", "keepcost")
-    ]  # fmt: skip
-
-
-def allocated_bytes() -> int:
-    """What the process has allocated and not freed."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = _Allocations
-    found = mallinfo2()
-    return int(found.hblkhd + found.uordblks)
 
 
 class Block(nn.Module):

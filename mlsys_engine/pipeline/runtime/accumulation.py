@@ -116,6 +116,9 @@ class PipelineAccumulation:
         self._gradients.start(1)  # all backwards of the step are one: nothing is launched by hooks
         launched = _Launched(self._gradients, self._stage_of_bucket)
 
+        def keep(microbatch: int, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            results[microbatch] = output[0].detach(), output[1]  # and not the graph of the loss
+
         def call(microbatch: int) -> Any:
             seed_microbatch(base, microbatch)
             return forward(microbatches[microbatch])
@@ -125,7 +128,7 @@ class PipelineAccumulation:
             job = Job(
                 call=call,
                 signatures=[self._signature(microbatch) for microbatch in microbatches],
-                on_output=results.__setitem__,
+                on_output=keep,
                 loss_of=lambda output: output[0] if _counts(output[1]) else None,
                 on_reduce=launched.complete,
                 lap=lap,
