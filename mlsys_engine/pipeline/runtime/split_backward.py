@@ -136,27 +136,29 @@ class _Product(torch.autograd.Function):
         own = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         with torch.enable_grad():
             output = call(own)
-        ctx.uses, ctx.parameters, ctx.own, ctx.output = uses, parameters, own, output
+        # The place of the output in its graph: backward needs no more of it, and the halves may be far apart.
+        edge = torch.autograd.graph.get_gradient_edge(output)
+        ctx.uses, ctx.parameters, ctx.own, ctx.edge = uses, parameters, own, edge
         return output.data  # of the same memory, but no view: what follows may write into it
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        own, output, parameters = ctx.own, ctx.output, ctx.parameters
+        own, edge, parameters = ctx.own, ctx.edge, ctx.parameters
         found: list[Any] = [None] * len(own)
         places = [place for place, tensor in enumerate(own) if tensor.requires_grad]
         if places:
             inputs = [own[place] for place in places]
-            gradients = torch.autograd.grad(output, inputs, gradient, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(edge, inputs, gradient, retain_graph=True, allow_unused=True)
             for place, value in zip(places, gradients, strict=True):
                 found[place] = value
 
         def use() -> Iterable[tuple[nn.Parameter, torch.Tensor | None]]:
             leaves = [leaf for _, leaf in parameters]
-            gradients = torch.autograd.grad(output, leaves, gradient, allow_unused=True)
+            gradients = torch.autograd.grad(edge, leaves, gradient, allow_unused=True)
             return zip([parameter for parameter, _ in parameters], gradients, strict=True)
 
         ctx.uses.append(use)
-        ctx.own = ctx.output = None
+        ctx.own = ctx.edge = None
         return None, None, None, None, *found
 
 
