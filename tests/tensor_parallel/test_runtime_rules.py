@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mlsys_engine.errors import ConfigError
 from mlsys_engine.tensor_parallel.runtime import CutTensor, TensorParallel, gather
-from mlsys_engine.tensor_parallel.styles import even_sharding
+from mlsys_engine.tensor_parallel.sharding import even_sharding
 
 # B 2 rows, T 3 tokens, H 4 heads, D 6 features of a head, W = H * D
 Function = Callable[[torch.Tensor, torch.Tensor], Any]  # of a value (B, T, W) cut along W, and a whole one
@@ -100,6 +100,7 @@ WHOLE: dict[str, Function] = {
     "norms": lambda x, _: x.norm(dim=-1),
     "a choice of the cut dim": lambda x, _: x[..., 3],
     "sorted": lambda x, _: x.sort(-1).values,
+    "gathered without a graph before": lambda x, _: _twice(x),
 }  # fmt: skip
 
 
@@ -112,7 +113,13 @@ def _added(x: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _compared(rank: int, world_size: int, functions: str) -> dict[str, tuple[float, bool]]:
+def _twice(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        before = torch.logcumsumexp(x, -1)
+    return before * torch.logcumsumexp(x, -1)
+
+
+def _compared(rank: int, world_size: int, functions: str, dim: int = 2) -> dict[str, tuple[float, bool]]:
     found = {}
     for name, function in {"cut": CUT, "whole": WHOLE}[functions].items():
         torch.manual_seed(0)
@@ -121,7 +128,7 @@ def _compared(rank: int, world_size: int, functions: str) -> dict[str, tuple[flo
         expected = function(x, whole)
         weights = torch.randn_like(expected)
         (expected * weights).sum().backward()
-        sharding = even_sharding(tuple(x.shape), 2, world_size)
+        sharding = even_sharding(tuple(x.shape), dim, world_size)
         part = sharding.take(x.detach(), rank).clone().requires_grad_()
         again = whole.detach().clone().requires_grad_()
         context = TensorParallel(nn.Module(), {}, {}, dist.group.WORLD)
@@ -143,6 +150,14 @@ def test_functions_of_cut_values_are_those_of_whole_ones(run_ranks, functions, s
         for name, (gap, is_cut) in found.items():
             assert gap < 1e-12, name  # some sums of tens of terms of size 1, in another order
             assert is_cut == stays_cut or name in DEPENDS, name
+
+
+@pytest.mark.parametrize("functions", ["cut", "whole"])
+@pytest.mark.parametrize(("ranks", "dim"), [(2, 0), (2, 1), (3, 1)])
+def test_so_they_are_when_rows_or_tokens_are_cut(run_ranks, functions, ranks, dim):
+    for found in run_ranks(_compared, ranks, functions, dim):
+        for name, (gap, _) in found.items():
+            assert gap < 1e-12, name
 
 
 def _refused(rank: int, world_size: int) -> str:

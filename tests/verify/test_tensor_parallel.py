@@ -125,12 +125,14 @@ def _norms(model: nn.Module, plan: Plan, batch: Any) -> list[str]:
     """Weights of the norms behind the first sum over ranks; values before it are whole."""
     summing = {name for name, text in plan.tensor_parallel if text in ("row", "vocabulary")}
     called: list[str] = []
-    for name, module in model.named_modules():
+    hooks = [
         module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+    ]
     with torch.no_grad():
         model(**batch)
-    for module in model.modules():
-        module._forward_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     first = min(called.index(name) for name in summing if name in called)
     modules = dict(model.named_modules())
     return [f"{name}.weight" for name in called[first:] if type(modules[name]).__name__.endswith("Norm")]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from mlsys_engine.tensor_parallel.runtime.collectives import (
     take,
 )
 from mlsys_engine.tensor_parallel.runtime.kept import Gathered, parts_kept
+from mlsys_engine.tensor_parallel.runtime.recent import Recent
 from mlsys_engine.tensor_parallel.runtime.rules import RULES
 from mlsys_engine.tensor_parallel.runtime.rules.shapes import MOST_BLOCKS
 from mlsys_engine.tensor_parallel.runtime.values import CutTensor, cut_tensors, mapped
@@ -42,16 +42,6 @@ _METADATA = frozenset([
     "is_signed",
 ])  # fmt: skip
 _OWN = frozenset(("grad", "data", "requires_grad", "grad_fn", "is_leaf", "_backward_hooks", "retains_grad"))
-
-
-@dataclass(frozen=True, eq=False)
-class _Entered:
-    """What a value became on its way into computations on cut ones."""
-
-    value: torch.Tensor
-    version: int
-    result: torch.Tensor
-    kept: Gathered | None = None
 
 
 class TensorParallel(TorchFunctionMode):
@@ -79,7 +69,7 @@ class TensorParallel(TorchFunctionMode):
         self._rows: dict[int, tuple[int, ...]] = {}  # of matrices -> the dims that were merged to these
         self.rank = dist.get_rank(group)
         self._cut: dict[int, CutTensor] = {}  # by the id of a parameter that is alive while this is active
-        self._entered: list[_Entered] = []  # for the next few readers
+        self._entered, self._gathered = Recent(), Recent()
         self._handles = False
 
     @contextmanager
@@ -89,13 +79,15 @@ class TensorParallel(TorchFunctionMode):
             with self._keeping(), self.seen():
                 yield
         finally:
-            self._cut, self._entered, self._rows = {}, [], {}
+            self._cut, self._rows = {}, {}
+            self._entered.forget()
+            self._gathered.forget()
 
     def _keeping(self) -> AbstractContextManager[None]:
         if not self._sequence_parallel:
             return nullcontext()
         return parts_kept(
-            lambda: [(each.result, each.kept) for each in self._entered if each.kept is not None]
+            lambda: [(each.result, each.kept) for each in self._entered.crossed if each.kept is not None]
         )
 
     @contextmanager
@@ -155,7 +147,9 @@ class TensorParallel(TorchFunctionMode):
         """A cut tensor gathered; anything else as it is. Called by all ranks together."""
         if not isinstance(value, CutTensor):
             return value
-        return gather(value.local, value.sharding, self._group)
+        return self._gathered.get(
+            value, lambda: gather(value.local, value.sharding, self._group), kept=lambda: None
+        )
 
     def gathered(self, tree: Any) -> Any:
         """A tree of values without cut ones."""
@@ -165,34 +159,19 @@ class TensorParallel(TorchFunctionMode):
         """A value, whole or cut, as the whole that `entered` gives."""
         if not isinstance(value, CutTensor):
             return self.entered(value)
-        found = self._known(value, value.local._version)
-        if found is None:
-            found = gather_entering(value.local, value.sharding, self._group)
-            kept = Gathered(value.local.detach(), value.sharding, self._group)
-            self._remember(value, value.local._version, found, kept)
-        return found
+        part, sharding = value.local, value.sharding
+        return self._entered.get(
+            value,
+            lambda: gather_entering(part, sharding, self._group),
+            kept=lambda: Gathered(part.detach(), sharding, self._group),
+        )
 
     def entered(self, tensor: torch.Tensor) -> torch.Tensor:
         """A whole tensor, whose gradient will be the sum over ranks: one sum for the next few readers of it,
         as the query, key and value projections of one input are."""
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor
-        found = self._known(tensor, tensor._version)
-        if found is None:
-            found = enter(tensor, self._group)
-            self._remember(tensor, tensor._version, found)
-        return found
-
-    def _known(self, value: torch.Tensor, version: int) -> torch.Tensor | None:
-        return next(
-            (each.result for each in self._entered if each.value is value and each.version == version), None
-        )
-
-    def _remember(
-        self, value: torch.Tensor, version: int, result: torch.Tensor, kept: Gathered | None = None
-    ) -> None:
-        *_, last = (None, *self._entered)
-        self._entered = [*([last] if last is not None else []), _Entered(value, version, result, kept)]
+        return self._entered.get(tensor, lambda: enter(tensor, self._group), kept=lambda: None)
 
     def taken(self, whole: torch.Tensor, sharding: Sharding) -> torch.Tensor:
         return take(whole, sharding, self._group)
