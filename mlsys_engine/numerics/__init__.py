@@ -5,7 +5,7 @@ from mlsys_engine.numerics.clip import GradientScale, gradient_scale
 from mlsys_engine.numerics.loss import Loss, loss_sum_and_count, shifts_labels
 from mlsys_engine.numerics.modes import numerics_mode
 from mlsys_engine.numerics.precision import PRECISION_RULES, PrecisionRule, autocast
-from mlsys_engine.numerics.rng import derived_seed, seed_data_rank, seed_leaf
+from mlsys_engine.numerics.rng import derived_seed, seed_data_rank, seed_generators, seed_leaf
 from mlsys_engine.numerics.tree_sum import TreeSum
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "num_samples",
     "numerics_mode",
     "seed_data_rank",
+    "seed_generators",
     "seed_leaf",
     "shifts_labels",
     "to_device",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 
@@ -24,10 +25,24 @@ def seed_data_rank(seed: int, data_rank: int) -> None:
 
 
 def seed_leaf(seed: int, step: int, leaf: int) -> None:
-    """Seeds python's, numpy's and torch's generators for one leaf of a step's canonical tree.
+    """Seeds all generators for one leaf of a step's canonical tree.
 
     So dropout depends on the step and on the piece of the global batch, not on the rank that computes it.
     """
-    torch.manual_seed(derived_seed(seed, "leaf", step, leaf))
-    random.seed(derived_seed(seed, "leaf", step, leaf, "python"))
-    np.random.seed(derived_seed(seed, "leaf", step, leaf, "numpy") % 2**32)
+    seed_generators(seed, "leaf", step, leaf)
+
+
+def seed_generators(seed: int, *path: int | str) -> None:
+    """Seeds python's, numpy's and torch's generators on all devices for one purpose."""
+    own = derived_seed(seed, *path)
+    if _has_accelerator():
+        torch.manual_seed(own)
+    else:  # for a device that may come yet, torch.manual_seed would keep every call and its traceback
+        torch.default_generator.manual_seed(own)
+    random.seed(derived_seed(seed, *path, "python"))
+    np.random.seed(derived_seed(seed, *path, "numpy") % 2**32)
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()

@@ -87,6 +87,7 @@ class StagePart:
         self._stages, self._escapes = dict(stages), tuple(escapes)
         self._units = {name: model.get_submodule(name) for name in stages}
         self._used = parameter_stages(model, stages)
+        self._real: nn.Parameter | None = None  # one that is here
         self._skeletons = {
             name: Skeletons(name, unit, escapes, shapes or {}, self._device)
             for name, unit in self._units.items()
@@ -210,10 +211,9 @@ class StagePart:
 
     def _device(self) -> torch.device:
         """Where this rank computes: where its parameters are that are not on meta."""
-        for parameter in self.model.parameters():
-            if not parameter.is_meta:
-                return parameter.device
-        return torch.device("cpu")
+        if self._real is None or self._real.is_meta:
+            self._real = next((each for each in self.model.parameters() if not each.is_meta), None)
+        return torch.device("cpu") if self._real is None else self._real.device
 
     def _key(self, signature: Hashable) -> Hashable:
         kind = self._device().type

@@ -13,14 +13,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from mlsys_engine.numerics import derived_seed
+from mlsys_engine.numerics import seed_generators
 
 
 def seed_microbatch(base: int, microbatch: int) -> None:
     """Seeds torch's, python's and numpy's generators for one microbatch of a step whose seed is `base`."""
-    torch.manual_seed(derived_seed(base, "microbatch", microbatch))
-    random.seed(derived_seed(base, "microbatch", microbatch, "python"))
-    np.random.seed(derived_seed(base, "microbatch", microbatch, "numpy") % 2**32)
+    seed_generators(base, "microbatch", microbatch)
 
 
 def generator_state(device: torch.device) -> torch.Tensor:
