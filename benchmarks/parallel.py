@@ -9,7 +9,7 @@ numbers are wrong, its work is the same). Both once more with values cut along t
 parallelism. Kept is what the C allocator has handed out for a forward when it ends.
 
 Stages: PipelineParallel(2) against torch.distributed.pipelining with the same schedule, which gets the model
-in two halves by hand, and ours with a zero-bubble schedule. 4 microbatches, SGD of each, gloo for torch's and
+in two halves by hand, and ours with zero-bubble schedules. 4 microbatches, SGD of each, gloo for torch's and
 backend mlsys for ours.
 
 Contestants take turns round by round on the same ranks. Losses are compared at the end.
@@ -235,7 +235,13 @@ def staged(batch: tuple[torch.Tensor, torch.Tensor], schedule: str) -> mls.Runne
         made(),
         optimizer=functools.partial(mls.optim.SGD, lr=1e-3),
         loss=lambda logits, batch: loss_of(logits, batch[1]),
-        strategy=mls.PipelineParallel(2, schedule, microbatches=MICROBATCHES, split=(f"{1 + DEPTH // 2}",)),
+        strategy=mls.PipelineParallel(
+            2,
+            schedule,
+            microbatches=MICROBATCHES,
+            # As torch's halves; four stages in a V are cut by FLOPs.
+            split="balanced" if schedule == "zb-v" else (f"{1 + DEPTH // 2}",),
+        ),
         sample=batch,
     )
 
@@ -248,7 +254,9 @@ def stage_steps(rounds: int, rows: int, tokens: int) -> dict[str, Timing]:
         "torch gpipe": TorchPipeline(batch, gloo, ScheduleGPipe),
         "torch 1f1b": TorchPipeline(batch, gloo, Schedule1F1B),
     }
-    runners = {f"ours {name}": staged(copy.deepcopy(batch), name) for name in ("gpipe", "1f1b", "zb-h1")}
+    runners = {
+        f"ours {name}": staged(copy.deepcopy(batch), name) for name in ("gpipe", "1f1b", "zb-h1", "zb-v")
+    }
     contestants = [Contestant(name=name, call=step.run) for name, step in torchs.items()]
     contestants += [
         Contestant(name=name, call=functools.partial(runner.step, [batch]))
