@@ -58,18 +58,46 @@ _KINDS: dict[str, dict[str, Any]] = {
     "bf16-pure": {"precision": "bf16-pure"},
     "world-invariant": {"numerics": "world_invariant"},
     "checkpointed": {"activation": "full"},
+    "pipeline": {"strategy": mls.PipelineParallel(2), "max_grad_norm": 0.5},
+    "model": {"strategy": mls.ModelParallel(2), "max_grad_norm": 0.5},
+    "model-fp16": {"strategy": mls.ModelParallel(2), "precision": "fp16"},
+    "pipeline-bf16": {"strategy": mls.PipelineParallel(2, "zb-h1"), "precision": "bf16"},
 }
 
 
+_ALWAYS = ("plain", "sharded", "pipeline", "model")
+
+
+class _Blocks(nn.Module):
+    """The regression by blocks, for stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(make_model().layers for _ in range(2))
+        self.blocks[0][3] = nn.Linear(16, 6)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            inputs = block(inputs)
+        return inputs
+
+
 def _plain_and_proved(rank: int, world_size: int, folder: str, name: str) -> Any:
+    make = _Blocks if name.startswith("pipeline") else make_model
     settings = _KINDS[name]
-    plain = _fit(Path(folder) / "plain", **settings)
-    return plain, _fit(Path(folder) / "proved", verify="first_step", **settings)
+    plain = _fit(Path(folder) / "plain", model=make(), **settings)
+    return plain, _fit(Path(folder) / "proved", verify="first_step", model=make(), **settings)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "sharded", *(pytest.param(name, marks=pytest.mark.soak) for name in list(_KINDS)[2:])],
+    [
+        pytest.param(
+            name, marks=() if name in ("plain", "sharded", "pipeline", "model") else pytest.mark.soak
+        )
+        for name in _KINDS
+    ],
 )
 def test_a_training_whose_first_step_is_proved_has_the_losses_of_one_that_is_not(
     tmp_path: Path, name: str
