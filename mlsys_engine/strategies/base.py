@@ -75,9 +75,12 @@ class Subject:
 
     @cached_property
     def _traced(self) -> tuple[Trace, Call]:
-        # A tuple is tried as all of the model's arguments, then as (input, what the loss needs). No strategy
-        # reads what only gradients tell, and without them checkpointed blocks run plainly.
+        # With a loss the sample goes in as a batch of training does. Where none is told, a tuple is tried as
+        # all of the model's arguments, then as (input, what the loss needs). No strategy reads what only
+        # gradients tell, and without them checkpointed blocks run plainly.
         whole, first = (partial(call_model, with_loss=with_loss) for with_loss in (False, True))
+        if self.loss is not None:
+            return trace(self.model, self.sample, call=first, gradients=False), first
         found = trace(self.model, self.sample, call=whole, gradients=False)
         if self.sample is not None and found.order_source != EXECUTION:
             again = trace(self.model, self.sample, call=first, gradients=False)

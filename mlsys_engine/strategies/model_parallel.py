@@ -35,6 +35,8 @@ class ModelParallel:
     """What was given as plan=."""
     sequence_parallel: bool
     """Norms, dropout and residual sums are cut along the tokens, and so are the activations kept of them."""
+    expert_parallel: bool
+    """Every rank has whole experts of each mixture, and computes their tokens, in place of a part of each."""
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class ModelParallel:
         plan: str | Mapping[str, str] = AUTO,
         *,
         sequence_parallel: bool = False,
+        expert_parallel: bool = False,
     ) -> None:
         """`plan` is "auto", "model" (the tp_plan that a Hugging Face model brings along), or a mapping of
         patterns of module names to styles: {"layers.*.up": "column", "layers.*.down": "row"}."""
@@ -63,7 +66,15 @@ class ModelParallel:
                 "Values between products are cut along their tokens, or are whole.",
                 "Use True or False.",
             )
+        if not isinstance(expert_parallel, bool) or (expert_parallel and plan != AUTO):
+            raise ConfigError(
+                f"ModelParallel(plan={plan!r}, expert_parallel={expert_parallel!r}).",
+                "The automatic plan gives every rank whole experts, or a part of each; another plan says itself "
+                'which ("dim0" for a stack of experts).',
+                'Use True or False with plan="auto".',
+            )
         object.__setattr__(self, "size", size)
+        object.__setattr__(self, "expert_parallel", expert_parallel)
         object.__setattr__(self, "sequence_parallel", sequence_parallel)
         object.__setattr__(self, "cuts", plan if isinstance(plan, str) else tuple(plan.items()))
 
@@ -105,7 +116,7 @@ class ModelParallel:
                 "Give sample=batch to mls.plan or mls.wrap, a batch as runner.step is given.",
             )
         else:
-            styles = infer(subject.model, subject.sample, size, _with_loss(subject)).styles
+            styles = self._inferred(subject, size)
         if not shardings(subject.model, styles, size):
             raise ConfigError(
                 f"ModelParallel({size}) for a {type(subject.model).__name__}.",
@@ -114,6 +125,20 @@ class ModelParallel:
                 "Use DataParallel() or PipelineParallel(), or name what to cut: plan={...}.",
             )
         return styles
+
+    def _inferred(self, subject: Subject, size: int) -> tuple[tuple[str, str], ...]:
+        found = infer(
+            subject.model, subject.sample, size, _with_loss(subject), by_experts=self.expert_parallel
+        )
+        if self.expert_parallel and not found.experts:
+            raise ConfigError(
+                f"ModelParallel({size}, expert_parallel=True) for a {type(subject.model).__name__}.",
+                f"It gives each rank whole experts of a stack of at least {size}, whose rows one grouped "
+                "product (torch.nn.functional.grouped_mm) multiplies; this model has no such stack.",
+                "Leave expert_parallel out, which cuts every expert by its width, or build the model with "
+                'experts_implementation="grouped_mm".',
+            )
+        return found.styles
 
     build = staticmethod(build_mesh)
     """Converts the model in place; its parameters become this rank's parts."""

@@ -29,6 +29,7 @@ class Choices:
     whole: dict[str, str] = field(default_factory=dict)  # parameter FQN -> why it is not cut
     sliced: dict[str, str] = field(default_factory=dict)  # row weights that take their slice of a whole input
     segments: dict[Place, tuple[int, ...]] = field(default_factory=dict)
+    by_experts: bool = False  # whether stacks of experts are cut into experts, or each expert by its width
 
 
 class Flow(TorchDispatchMode):
@@ -46,6 +47,7 @@ class Flow(TorchDispatchMode):
         self.size, self.choices, self._rules = size, choices, rules
         self.cuts: list[Cut] = []
         self.uses: dict[str, str] = {}  # parameter FQN -> "projection" or "embedding", as it is used
+        self.stacks: set[str] = set()  # FQNs of stacks that are cut into experts
         self.module = ""
         self._layouts: Any = WeakIdKeyDictionary()
         self._refs: Any = WeakIdKeyDictionary()
@@ -176,6 +178,16 @@ class Flow(TorchDispatchMode):
         fresh = Cut(places={place: ()})
         self.cuts.append(fresh)
         self._decided[name] = (place, fresh)
+
+    def experts(self, place: Place) -> None:
+        """Decides about a stack of experts' weights: every rank has some of them."""
+        name = place[0]
+        self.uses.setdefault(name, "projection")
+        if name not in self._decided and name not in self.choices.whole:
+            cut = Cut(places={place: ()})
+            self.cuts.append(cut)
+            self.stacks.add(name)
+            self._decided[name] = (place, cut)
 
     def _again(self, name: str, cut: Cut | None, inner: Place | None, outer: Place | None) -> Cut | None:
         """A weight that is used once more, or tied: it stays as it was cut first."""

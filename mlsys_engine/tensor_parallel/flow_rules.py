@@ -170,6 +170,17 @@ def addmm(flow: Flow, args: Any, kwargs: Any, outputs: Any) -> Layouts:
     return mm(flow, args[1:], kwargs, outputs)
 
 
+def grouped_mm(flow: Flow, args: Any, kwargs: Any, outputs: Any) -> Layouts:
+    """Rows (S, K), sorted by expert, times a stack of weights (E, K, N)."""
+    refs = flow.refs(args[1])
+    place = refs[0] if refs is not None and args[1].ndim == 3 else None
+    if place is None or not flow.choices.by_experts or args[1].shape[0] < flow.size:
+        return mm(flow, args, kwargs, outputs)
+    flow.fail([flow.layout(args[0])], "rows that are sent to experts")
+    flow.experts(place)
+    return None
+
+
 def embedding(flow: Flow, args: Any, kwargs: Any, outputs: Any) -> Layouts:
     refs = flow.refs(args[0])
     if refs is not None and refs[0] is not None:
@@ -313,7 +324,7 @@ RULES: dict[str, Any] = {
     "split": split, "split_with_sizes": split, "chunk": split,
     "clone": clone, "_to_copy": clone, "alias": clone, "detach": clone, "contiguous": clone,
     "lift_fresh": clone,
-    "mm": mm, "bmm": mm, "addmm": addmm, "baddbmm": addmm,
+    "mm": mm, "bmm": mm, "_grouped_mm": grouped_mm, "addmm": addmm, "baddbmm": addmm,
     "embedding": embedding, "index": index, "index_add": index_add,
     "mean": reduction, "sum": reduction, "amax": reduction, "amin": reduction, "var": reduction,
     "_softmax": along_dim, "cumsum": along_dim, "_safe_softmax": along_dim,

@@ -24,6 +24,7 @@ _WORDS = {
     "packed_rowwise": "row",
     "embedding_rowwise": "vocabulary",
     "embedding_colwise": "features",
+    "grouped_gemm": "dim0",  # a stack of experts, whole ones on each rank
 }
 _PACKED = ("packed_colwise", "packed_rowwise")  # two matrices beside each other, as gate and up
 # Words that say how values travel and cut no parameter.
@@ -31,6 +32,7 @@ _NOT_OF_PARAMETERS = (
     "sequence_parallel",
     "replicated_with_grad_allreduce",
     "moe_tp_experts",
+    "ep_router",
     "moe_identity_expert",
     "replicate",
     "replicated",

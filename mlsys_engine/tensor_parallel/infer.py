@@ -37,17 +37,26 @@ class Inferred:
     uses: dict[str, str]  # parameter FQN -> "projection", "embedding" or "position", as the forward uses it
     reasons: dict[str, str]  # parameter FQN -> why it is whole
     sliced: dict[str, str]  # parameter FQN of a row that slices a whole input -> why it is no column
+    experts: tuple[str, ...]  # parameter FQNs of stacks that are cut into experts
     num_passes: int
 
 
-def infer(model: nn.Module, sample: Any, size: int, call: Callable[[nn.Module, Any], Any]) -> Inferred:
+def infer(
+    model: nn.Module,
+    sample: Any,
+    size: int,
+    call: Callable[[nn.Module, Any], Any],
+    *,
+    by_experts: bool = False,
+) -> Inferred:
     """The plan for `size` ranks from one microbatch. `call(model, sample)` runs the forward and the loss.
 
     Runs on fake tensors, or on the model's own where control flow reads data (experts); both leave
     parameters, buffers and random states as they were. Whether heads divide is `check_heads`'s to say: where
-    they do not, attention is left whole here.
+    they do not, attention is left whole here. With `by_experts` every rank has whole experts of a stack that
+    one grouped product reads, in place of a part of each.
     """
-    choices, projections = Choices(), _projections(model)
+    choices, projections = Choices(by_experts=by_experts), _projections(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     follow = partial(_followed, size=size, call=call, choices=choices)
     flow, on_data = _first_pass(model, sample, follow)
@@ -68,6 +77,7 @@ def infer(model: nn.Module, sample: Any, size: int, call: Callable[[nn.Module, A
         uses=flow.uses,
         reasons={name: why for name, why in choices.whole.items() if name not in found},
         sliced={name: why for name, why in choices.sliced.items() if name in found},
+        experts=tuple(sorted(flow.stacks & found.keys())),
         num_passes=num_passes,
     )
 

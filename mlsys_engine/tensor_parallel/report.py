@@ -83,11 +83,13 @@ def report(
     plan: str | Mapping[str, str] = "auto",
     *,
     loss: Loss | None = None,
+    expert_parallel: bool = False,
 ) -> Report:
     """How `size` ranks would share the weights of `model`. Needs no ranks and leaves the model as it was.
 
     `sample` is one microbatch. `plan` is "auto", "model" (what a Hugging Face model brings along), or a
-    mapping of patterns of module names to styles. `loss(output, batch)` takes part in an automatic plan.
+    mapping of patterns of module names to styles. `loss(output, batch)` takes part in an automatic plan,
+    which gives every rank whole experts with `expert_parallel`.
     Raises ConfigError for a size that does not divide heads and for a plan that does not fit the model.
     """
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -105,7 +107,7 @@ def report(
 
     if isinstance(plan, str):
         check_heads(model, size)
-    inferred = infer(model, sample, size, call)
+    inferred = infer(model, sample, size, call, by_experts=expert_parallel)
     styles, why = inferred.styles, inferred.reasons | inferred.sliced
     if plan != "auto":
         given = plan_of_model(model) if isinstance(plan, str) else plan

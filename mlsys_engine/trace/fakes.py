@@ -19,6 +19,32 @@ from mlsys_engine.trace.structure import map_tensors, tensors_of
 _CONTAINERS = (list, dict, set)
 
 
+class FakeMode(FakeTensorMode):
+    """Also runs what torch's own mode refuses although the operator itself runs: a grouped product of other
+    types than bfloat16."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:
+            return _grouped_mm(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+def _grouped_mm(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A result of the right shape: both are stacks of matrices, or rows (columns) that `offs` divides."""
+    shape = [first.shape[-2], second.shape[-1]]
+    if first.dim() == 3 and second.dim() == 3:
+        shape.insert(0, first.shape[0])
+    elif first.dim() == 2 and second.dim() == 2 and offs is not None:
+        shape.insert(0, offs.shape[0])
+    return first.new_empty(shape, dtype=out_dtype or first.dtype)
+
+
 @contextmanager
 def faked(model: nn.Module, sample: Any) -> Iterator[Any]:
     """Within it the model's parameters and buffers are fakes; yields the sample with fakes.
@@ -26,7 +52,7 @@ def faked(model: nn.Module, sample: Any) -> Iterator[Any]:
     Meta tensors become fakes of the device that the others are on, or of the CPU: an operator may be another
     one on meta than where it will run (attention), and saves other tensors then.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode(allow_non_fake_inputs=True)
     named = (*model.named_parameters(), *model.named_buffers())
     real = [tensor.device for tensor in (*(tensor for _, tensor in named), *tensors_of(sample))]
     device = next((each for each in real if each.type != "meta"), torch.device("cpu"))

@@ -69,7 +69,10 @@ class OutputRecorder:
 @torch.no_grad()
 def _whole(value: Any) -> Any:
     """What is cut over ranks is gathered: these run the same modules in the same order."""
-    return value.context.whole(value) if isinstance(value, CutTensor) else value
+    if not isinstance(value, CutTensor):
+        return value
+    with torch._C.DisableTorchFunction():  # a stage's forward does not see that its values are looked at
+        return value.context.whole(value)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,9 +30,25 @@ class _Wide(TorchFunctionMode):
     ) -> Any:
         if func in _CASTS:
             return args[0].to(torch.float64)
+        if func is torch._grouped_mm and args[0].dtype is torch.float64:  # which torch has for narrower types
+            return _grouped_mm(*args, **(kwargs or {}))
         return func(
             *(_wide(value) for value in args), **{key: _wide(value) for key, value in (kwargs or {}).items()}
         )
+
+
+def _grouped_mm(
+    rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, bias: None = None, out_dtype: Any = None
+) -> torch.Tensor:
+    """Rows (S, K) times the weights (E, K, N) of the group that `offs` (E,), where groups end, puts them in.
+
+    torch has no bias here yet, and float64 is in place of any type of the output.
+    """
+    starts = [0, *offs.tolist()]
+    groups = [
+        rows[start:stop] @ weight for (start, stop), weight in zip(pairwise(starts), weights, strict=True)
+    ]
+    return torch.cat([*groups, rows.new_zeros(len(rows) - starts[-1], weights.shape[-1])])
 
 
 @contextlib.contextmanager

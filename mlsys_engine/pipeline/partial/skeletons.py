@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from mlsys_engine.pipeline.partial.absent import absent
 from mlsys_engine.pipeline.partial.signatures import Form, signature_of
+from mlsys_engine.trace.fakes import FakeMode
 from mlsys_engine.trace.structure import map_tensors, tensors_of
 
 #: What fakes raise where a shape or a branch depends on numbers.
@@ -129,7 +130,7 @@ class Skeletons:
         """
         if self._ghost is not None:
             return self._ghost
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = FakeMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {}
         for name, tensor in (*self._unit.named_parameters(), *self._unit.named_buffers()):
             shape = self._shapes.get(f"{self._name}.{name}", tensor.shape)

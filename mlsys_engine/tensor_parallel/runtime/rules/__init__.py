@@ -6,6 +6,7 @@ function's result, or NotImplemented where it has to see them whole.
 
 from mlsys_engine.tensor_parallel.runtime.rules import (
     elementwise,
+    experts,
     indexing,
     lookups,
     normalization,
@@ -20,6 +21,7 @@ RULES = {
     **products.RULES,
     **normalization.RULES,
     **lookups.RULES,
+    **experts.RULES,
 }
 
 __all__ = ["RULES"]
