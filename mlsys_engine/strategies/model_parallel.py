@@ -69,8 +69,8 @@ class ModelParallel:
         if not isinstance(expert_parallel, bool) or (expert_parallel and plan != AUTO):
             raise ConfigError(
                 f"ModelParallel(plan={plan!r}, expert_parallel={expert_parallel!r}).",
-                "The automatic plan gives every rank whole experts, or a part of each; another plan says itself "
-                'which ("dim0" for a stack of experts).',
+                "The automatic plan gives every rank whole experts, or a part of each; another plan says "
+                'itself which ("dim0" for a stack of experts).',
                 'Use True or False with plan="auto".',
             )
         object.__setattr__(self, "size", size)

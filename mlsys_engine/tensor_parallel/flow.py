@@ -29,7 +29,10 @@ class Choices:
     whole: dict[str, str] = field(default_factory=dict)  # parameter FQN -> why it is not cut
     sliced: dict[str, str] = field(default_factory=dict)  # row weights that take their slice of a whole input
     segments: dict[Place, tuple[int, ...]] = field(default_factory=dict)
-    by_experts: bool = False  # whether stacks of experts are cut into experts, or each expert by its width
+    by_experts: bool = (
+        False  # whether all stacks of experts are cut into experts, or each expert by its width
+    )
+    stacks: set[str] = field(default_factory=set)  # FQNs of stacks that are cut into experts in any case
 
 
 class Flow(TorchDispatchMode):
@@ -47,7 +50,7 @@ class Flow(TorchDispatchMode):
         self.size, self.choices, self._rules = size, choices, rules
         self.cuts: list[Cut] = []
         self.uses: dict[str, str] = {}  # parameter FQN -> "projection" or "embedding", as it is used
-        self.stacks: set[str] = set()  # FQNs of stacks that are cut into experts
+        self.stacks: set[str] = set()  # FQNs of stacks that may be cut into experts
         self.module = ""
         self._layouts: Any = WeakIdKeyDictionary()
         self._refs: Any = WeakIdKeyDictionary()
@@ -179,15 +182,18 @@ class Flow(TorchDispatchMode):
         self.cuts.append(fresh)
         self._decided[name] = (place, fresh)
 
-    def experts(self, place: Place) -> None:
-        """Decides about a stack of experts' weights: every rank has some of them."""
+    def experts(self, place: Place) -> bool:
+        """Decides about a stack of experts' weights: whether every rank has some of them."""
         name = place[0]
+        self.stacks.add(name)
+        if not self.choices.by_experts and name not in self.choices.stacks:
+            return False
         self.uses.setdefault(name, "projection")
         if name not in self._decided and name not in self.choices.whole:
             cut = Cut(places={place: ()})
             self.cuts.append(cut)
-            self.stacks.add(name)
             self._decided[name] = (place, cut)
+        return True
 
     def _again(self, name: str, cut: Cut | None, inner: Place | None, outer: Place | None) -> Cut | None:
         """A weight that is used once more, or tied: it stays as it was cut first."""

@@ -174,10 +174,9 @@ def grouped_mm(flow: Flow, args: Any, kwargs: Any, outputs: Any) -> Layouts:
     """Rows (S, K), sorted by expert, times a stack of weights (E, K, N)."""
     refs = flow.refs(args[1])
     place = refs[0] if refs is not None and args[1].ndim == 3 else None
-    if place is None or not flow.choices.by_experts or args[1].shape[0] < flow.size:
+    if place is None or args[1].shape[0] < flow.size or not flow.experts(place):
         return mm(flow, args, kwargs, outputs)
     flow.fail([flow.layout(args[0])], "rows that are sent to experts")
-    flow.experts(place)
     return None
 
 

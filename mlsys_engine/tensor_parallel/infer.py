@@ -53,8 +53,8 @@ def infer(
 
     Runs on fake tensors, or on the model's own where control flow reads data (experts); both leave
     parameters, buffers and random states as they were. Whether heads divide is `check_heads`'s to say: where
-    they do not, attention is left whole here. With `by_experts` every rank has whole experts of a stack that
-    one grouped product reads, in place of a part of each.
+    they do not, attention is left whole here. With `by_experts` every rank has whole experts of each stack
+    that one grouped product reads, in place of a part of each; without, of those that no cut by width fits.
     """
     choices, projections = Choices(by_experts=by_experts), _projections(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -64,7 +64,9 @@ def infer(
     while (failed := _failed(flow)) and num_passes < MAX_PASSES:
         # The mildest remedy first: what comes after a cut that had to end was decided without it.
         segmented = any([_wants_segments(shapes, cut, choices) for cut in failed])
-        if not segmented and not any([_slices(projections.keys(), cut, choices) for cut in failed]):
+        if not segmented and _into_experts(flow, failed, choices):
+            pass
+        elif not segmented and not any([_slices(projections.keys(), cut, choices) for cut in failed]):
             for cut in failed:
                 _keep_whole(cut.columns or cut.places, cut, choices)
         flow = _one_pass(model, sample, follow, on_data)
@@ -77,7 +79,7 @@ def infer(
         uses=flow.uses,
         reasons={name: why for name, why in choices.whole.items() if name not in found},
         sliced={name: why for name, why in choices.sliced.items() if name in found},
-        experts=tuple(sorted(flow.stacks & found.keys())),
+        experts=tuple(sorted(name for name in flow.stacks & found.keys() if found[name].dim == 0)),
         num_passes=num_passes,
     )
 
@@ -196,6 +198,14 @@ def _wants_segments(shapes: Mapping[str, tuple[int, ...]], cut: Cut, choices: Ch
             choices.segments[place] = lengths
             given = True
     return given
+
+
+def _into_experts(flow: Flow, failed: list[Cut], choices: Choices) -> bool:
+    """Cuts the stacks of a mixture into experts when one of them cannot be cut by width."""
+    owners = {name.rpartition(".")[0] for cut in failed for name, _ in cut.columns if name in flow.stacks}
+    more = {name for name in flow.stacks if name.rpartition(".")[0] in owners} - choices.stacks
+    choices.stacks |= more
+    return bool(more)
 
 
 def _slices(projections: Collection[str], cut: Cut, choices: Choices) -> bool:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import mlsys_engine as mls
 from mlsys_engine.errors import ConfigError
-from mlsys_engine.tensor_parallel import shardings, styles_of_plan
+from mlsys_engine.tensor_parallel import report, shardings, styles_of_plan
 from mlsys_engine.trace.fakes import faked
 from tests.data_parallel.models import alone
 from tests.strategies.stacks import cross_entropy
@@ -124,6 +124,19 @@ def test_hugging_face_s_usual_experts_take_the_same_step(kind, layout):
         assert len(experts) == 4  # two stacks in each of two layers
     verdict = mls.verify(model, plan, batch)
     assert verdict.ok, str(verdict)
+
+
+def test_experts_that_no_cut_by_width_fits_are_shared_whole():
+    ids = torch.randint(0, 64, (4, 12))
+    batch = {"input_ids": ids, "labels": ids}
+    shares = {kind: report(_language_model(kind), batch, 2).share for kind in ("mixtral", "qwen3", "gpt-oss")}
+    assert min(shares.values()) > 0.95
+    styles = dict(report(_language_model("gpt-oss"), batch, 2).styles)
+    assert styles["model.layers.0.mlp.experts.gate_up_proj"] == "dim0"  # gate and up take turns
+    assert styles["model.layers.0.mlp.experts.down_proj"] == "dim0"
+    assert dict(report(_language_model("mixtral"), batch, 2).styles)[
+        "model.layers.0.mlp.experts.gate_up_proj"
+    ].startswith("dim1")
 
 
 def test_a_plan_may_name_stacks_as_hugging_face_does():
