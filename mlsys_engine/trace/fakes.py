@@ -6,6 +6,7 @@ nothing; what a module stores on itself meanwhile is put back afterwards.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mlsys_engine.trace.structure import map_tensors, tensors_of
 
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, OrderedDict, set)  # torch keeps hooks in the third
 
 
 class FakeMode(FakeTensorMode):
@@ -91,7 +92,8 @@ def _swap_all(model: nn.Module, fakes: Mapping[str, torch.Tensor]) -> None:
 @contextmanager
 def attributes_restored(model: nn.Module) -> Iterator[None]:
     """Puts every module's attributes back to the objects they were, and lists, dictionaries and sets among
-    them to what they held. The same for what stands in the place of a forward (activation checkpointing);
+    them to what they held, hooks too: a library that adds its own in a first forward notes that in an
+    attribute, and would add them again. The same for what stands in the place of a forward (activation checkpointing);
     other objects are not copied."""
     stand_ins = [module.__dict__.get("forward") for module in model.modules()]
     owners = [*model.modules(), *(each for each in stand_ins if hasattr(each, "__dict__"))]

@@ -126,6 +126,17 @@ def test_hugging_face_s_usual_experts_take_the_same_step(kind, layout):
     assert verdict.ok, str(verdict)
 
 
+@pytest.mark.parametrize("layout", ["width", "stages"])
+def test_a_plan_leaves_a_library_s_hooks_as_they_were(layout):
+    model, ids = _language_model("mixtral"), torch.randint(0, 64, (4, 12))
+    batch = {"input_ids": ids, "labels": ids}
+    for _ in range(2):
+        mls.plan(model, STRATEGIES[layout], batch, world=2)
+    output = model(**batch, output_hidden_states=True)
+    assert len(output.router_logits) == 2  # one for each layer
+    assert len(output.hidden_states) == 3
+
+
 def test_experts_that_no_cut_by_width_fits_are_shared_whole():
     ids = torch.randint(0, 64, (4, 12))
     batch = {"input_ids": ids, "labels": ids}
