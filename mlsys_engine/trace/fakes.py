@@ -92,9 +92,9 @@ def _swap_all(model: nn.Module, fakes: Mapping[str, torch.Tensor]) -> None:
 @contextmanager
 def attributes_restored(model: nn.Module) -> Iterator[None]:
     """Puts every module's attributes back to the objects they were, and lists, dictionaries and sets among
-    them to what they held, hooks too: a library that adds its own in a first forward notes that in an
-    attribute, and would add them again. The same for what stands in the place of a forward (activation checkpointing);
-    other objects are not copied."""
+    them to what they held. Hooks, too: a library that adds its own in a first forward notes that in an
+    attribute, and would add them again. The same for what stands in the place of a forward (activation
+    checkpointing); other objects are not copied."""
     stand_ins = [module.__dict__.get("forward") for module in model.modules()]
     owners = [*model.modules(), *(each for each in stand_ins if hasattr(each, "__dict__"))]
     before = []
